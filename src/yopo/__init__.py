@@ -1,0 +1,47 @@
+"""yopo: make language models smaller by removing hidden units of their FFNs, without data.
+
+The distribution is called `yopo-prune` (`pip install yopo-prune`); the name `yopo` on PyPI belongs
+to an unrelated project.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from yopo import criteria
+from yopo.adapters import find_ffns, register_adapter
+from yopo.criteria import plan_by_criterion
+from yopo.errors import (
+    InvalidArgumentError,
+    NotFittedError,
+    PolicyFileError,
+    PolicyMismatchError,
+    UnsupportedModelError,
+    YopoError,
+)
+from yopo.loading import load
+from yopo.plan import PruningPlan
+from yopo.pruner import PolicyPruner
+from yopo.reinforce import Episode
+from yopo.surgery import apply_plan
+
+try:
+    __version__ = version("yopo-prune")
+except PackageNotFoundError:  # running from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Episode",
+    "InvalidArgumentError",
+    "NotFittedError",
+    "PolicyFileError",
+    "PolicyMismatchError",
+    "PolicyPruner",
+    "PruningPlan",
+    "UnsupportedModelError",
+    "YopoError",
+    "apply_plan",
+    "criteria",
+    "find_ffns",
+    "load",
+    "plan_by_criterion",
+    "register_adapter",
+]

@@ -1,0 +1,185 @@
+"""Where each architecture keeps its FFNs."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from yopo.adapters.checks import check_model, check_weights
+from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
+from yopo.adapters.layouts import LAYOUTS, Layout, ffns_of_module, norm_before
+from yopo.adapters.skeleton import Probe, build_skeleton, probe_widths, shapes_of
+from yopo.adapters.structure import ffns_by_structure, prove
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
+
+__all__ = [
+    "Ffn",
+    "Slot",
+    "WidthField",
+    "check_weights",
+    "find_ffns",
+    "norm_gain_and_bias",
+    "register_adapter",
+]
+
+
+def register_adapter(
+    *,
+    expand: Sequence[str],
+    contract: str,
+    order: Literal["halves", "interleaved"] = "halves",
+) -> None:
+    """Teach yopo the names under which an architecture keeps its FFN.
+
+    Args:
+        expand: Paths, below the module that holds the FFN, of the one or two matrices from d_model
+            to d_ff; the one inside the activation first. A single matrix with 2 · d_ff outputs
+            is a fused pair.
+        contract: Path of the matrix back to d_model.
+        order: How a fused pair is stored: one half after the other, or row by row.
+
+    Raises:
+        InvalidArgumentError: If there is not one or two `expand` paths, or `order` is unknown.
+
+    Example:
+        >>> import yopo
+        >>> yopo.register_adapter(expand=["lin_gate", "lin_up"], contract="lin_down")
+    """
+    if isinstance(expand, str) or len(expand) not in (1, 2):
+        raise InvalidArgumentError(f"`expand` must name one or two matrices, got {expand!r}.")
+    if order not in ("halves", "interleaved"):
+        raise InvalidArgumentError(f'`order` must be "halves" or "interleaved", got {order!r}.')
+    layout = Layout(tuple(expand), contract, order, known=False)
+    if layout not in LAYOUTS:
+        LAYOUTS.insert(0, layout)
+
+
+def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
+    """Return every FFN of `model` whose rows can be removed, in the order of its modules.
+
+    Known layouts come first; what they leave is searched by structure and proved by a trial run.
+    An FFN whose width no config field sets is left out where the model has others: cutting it
+    would give a checkpoint that only yopo could load.
+
+    Args:
+        model: A `PreTrainedModel` of transformers: a base model or one with any head.
+        prove_unknown: Whether to run the model once where a layout is not in the built-in table.
+
+    Raises:
+        UnsupportedModelError: If the model is not a `PreTrainedModel`, is wrapped, quantised,
+            sharded or offloaded, holds no FFN, shares some matrices of an FFN with another, or
+            something that looks like an FFN cannot be proved.
+    """
+    check_model(model)
+    found = _distinct(_found_by_layout(model))
+    rows = {ffn.rows for ffn in found}
+    ffns = found
+    for by_name in (True, False):
+        ffns = _complete(model, found, probe_widths(model, rows, by_name=by_name))
+        if any(ffn.width is not None for ffn in ffns):
+            ffns = [ffn for ffn in ffns if ffn.width is not None]
+            break
+    if not ffns:
+        raise UnsupportedModelError(
+            f"no FFN was found in {type(model).__name__}. If it has one, tell yopo the names of "
+            "its matrices with `yopo.register_adapter`."
+        )
+    unproved = [ffn for ffn in ffns if not ffn.known]
+    if unproved and prove_unknown:
+        prove(model, unproved)
+    return ffns
+
+
+def _complete(model: nn.Module, found: list[Ffn], probes: list[Probe]) -> list[Ffn]:
+    """Return the FFNs `found` with the fields of `probes`, and those that only `probes` show."""
+    ffns = _with_widths(model, found, probes)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    claimed = {names[id(slot.parameter)] for ffn in ffns for slot in ffn.slots}
+    for probe in probes:
+        guessed = list(ffns_by_structure(model, probe, claimed))
+        claimed |= {names[id(slot.parameter)] for ffn in guessed for slot in ffn.slots}
+        ffns += [replace(ffn, norm=norm_before(model, ffn.path)) for ffn in guessed]
+    return ffns
+
+
+def _found_by_layout(model: nn.Module) -> list[Ffn]:
+    """Return what the table of layouts finds: one layout at most for each module."""
+    found: list[Ffn] = []
+    for path, module in model.named_modules():
+        for layout in LAYOUTS:
+            ffns = list(ffns_of_module(path, module, layout))
+            if ffns:
+                norm = norm_before(model, path)
+                found += [replace(ffn, norm=norm) for ffn in ffns]
+                break
+    return found
+
+
+def _distinct(ffns: list[Ffn]) -> list[Ffn]:
+    """Drop FFNs that are another one under a second name; refuse those that share a part.
+
+    Raises:
+        UnsupportedModelError: If two FFNs share some of their matrices, but not all.
+    """
+    owners: dict[tuple[int, int | None, int], Ffn] = {}
+    distinct = []
+    for ffn in ffns:
+        keys = {(id(slot.parameter), slot.expert, slot.start) for slot in ffn.slots}
+        shared = {owners[key].name for key in keys if key in owners}
+        if not shared:
+            distinct.append(ffn)
+            owners |= dict.fromkeys(keys, ffn)
+        elif not all(key in owners for key in keys):
+            raise UnsupportedModelError(
+                f"`{ffn.name}` shares some of its matrices with `{min(shared)}`, but not all: "
+                "removing rows of one would break the other. Untie them first."
+            )
+    return distinct
+
+
+def _with_widths(model: nn.Module, ffns: list[Ffn], probes: list[Probe]) -> list[Ffn]:
+    """Return `ffns` with the config field that sets each width, and what else grows with it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shapes = shapes_of(model)
+    dense = shapes_of(build_skeleton(model, {})) if probes else {}
+    by_contract: dict[str, Probe] = {}
+    for probe in probes:
+        if all(dense[name] == shapes[name] for name in probe.axes):
+            by_contract = dict.fromkeys(probe.axes, probe) | by_contract
+    chosen = {ffn.name: by_contract.get(names[id(ffn.contract.parameter)]) for ffn in ffns}
+    extras: dict[str, list[Slot]] = defaultdict(list)
+    for used in {id(probe): probe for probe in chosen.values() if probe is not None}.values():
+        for owner, slot in _companions(model, ffns, used):
+            extras[owner].append(slot)
+    return [
+        ffn
+        if probe is None
+        else replace(
+            ffn, width=probe.field_for(ffn.rows), vectors=(*ffn.vectors, *extras[ffn.name])
+        )
+        for ffn, probe in ((ffn, chosen[ffn.name]) for ffn in ffns)
+    ]
+
+
+def _companions(model: nn.Module, ffns: list[Ffn], probe: Probe) -> list[tuple[str, Slot]]:
+    """Return parameters that grow with an FFN without being matrices of it, with their owner.
+
+    The gain of a norm between expand and contract is one.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    claimed = {names[id(slot.parameter)] for ffn in ffns for slot in ffn.slots}
+    companions = []
+    for name, axis in probe.axes.items():
+        if name in claimed or names.get(id(model.get_parameter(name))) != name:
+            continue
+        owners = [ffn for ffn in ffns if name.startswith(ffn.path + ".")]
+        if not owners:
+            continue
+        owner = max(owners, key=lambda ffn: len(ffn.path))
+        path, _, key = name.rpartition(".")
+        length = model.get_parameter(name).shape[axis]
+        for start in {owner.rows: [0], 2 * owner.rows: [0, owner.rows]}.get(length, []):
+            companions.append((owner.name, Slot(model.get_submodule(path), key, axis, start)))
+    return companions

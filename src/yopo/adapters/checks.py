@@ -1,0 +1,107 @@
+"""What must hold of a model before yopo looks for FFNs in it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from yopo.adapters.ffn import Ffn
+from yopo.errors import UnsupportedModelError
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse wrappers, adapters, quantised, sharded and offloaded models, each with its way out.
+
+    Raises:
+        UnsupportedModelError: If rows of `model` cannot be removed in place.
+    """
+    _check_wrapper(model)
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(
+            "the model is quantised, and its packed weights have no rows to remove. Prune the "
+            "unquantised model first, then quantise the result."
+        )
+    for name, parameter in model.named_parameters():
+        _check_parameter(name, parameter)
+    if any(getattr(_hook(module), "offload", False) for module in model.modules()):
+        raise UnsupportedModelError(
+            "some weights are offloaded to the CPU or the disk. Load the model with a `device_map` "
+            "that keeps every weight on a device, for example `device_map='cpu'`."
+        )
+
+
+def check_weights(ffns: Iterable[Ffn]) -> None:
+    """Check that every weight of the FFNs is there and finite.
+
+    Raises:
+        UnsupportedModelError: If weights are on the meta device, not finite, or have no rows.
+    """
+    checked: set[int] = set()
+    for ffn in ffns:
+        if ffn.rows == 0:
+            raise UnsupportedModelError(f"`{ffn.name}` has 0 rows: nothing is left to prune.")
+        for slot in ffn.slots:
+            parameter = slot.parameter
+            if id(parameter) in checked:
+                continue
+            checked.add(id(parameter))
+            if parameter.is_meta:
+                raise UnsupportedModelError(
+                    f"the weights of `{ffn.name}` are on the meta device. Load the model with its "
+                    "weights; a `PruningPlan` can be applied without them."
+                )
+            if not torch.isfinite(parameter).all():
+                raise UnsupportedModelError(
+                    f"`{ffn.name}` has weights that are NaN or infinite. Mend the checkpoint, or "
+                    "load it in a wider `dtype`."
+                )
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise UnsupportedModelError(
+            f"the model is wrapped in {kind}. Prune `model.module` before wrapping it."
+        )
+    if kind == "OptimizedModule":
+        raise UnsupportedModelError(
+            "the model is compiled. Prune the original, `model._orig_mod`, then compile it again."
+        )
+    if kind.startswith("Peft") or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UnsupportedModelError(
+            "the model carries PEFT adapters, whose shapes would no longer fit. Call "
+            "`model = model.merge_and_unload()` first, or prune before adding adapters."
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UnsupportedModelError("the model is sharded by FSDP. Prune it before wrapping it.")
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise UnsupportedModelError(
+            f"yopo prunes models of transformers, got a {kind} without a config. Pass the "
+            "`PreTrainedModel` itself."
+        )
+
+
+def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+    kind = type(parameter.data).__name__
+    if kind == "DTensor":
+        raise UnsupportedModelError(
+            f"`{name}` is a DTensor, spread over processes by FSDP or tensor parallelism. Prune "
+            "the model before spreading it."
+        )
+    if kind not in ("Tensor", "Parameter", "FakeTensor") or not parameter.is_floating_point():
+        raise UnsupportedModelError(
+            f"`{name}` is a {kind} of {parameter.dtype}: the model is quantised, and packed "
+            "weights have no rows to remove. Prune the unquantised model, then quantise it."
+        )
+    if parameter.dtype not in _FLOATS:
+        raise UnsupportedModelError(
+            f"`{name}` has dtype {parameter.dtype}; yopo prunes float64, float32, float16 and "
+            "bfloat16. Load the model with `dtype=torch.bfloat16`."
+        )
+
+
+def _hook(module: nn.Module) -> object:
+    """Return the hook by which accelerate moves weights, if any."""
+    return getattr(module, "_hf_hook", None)

@@ -1,0 +1,214 @@
+"""FFNs of architectures that no layout knows, found by what grows with a width of the config.
+
+A matrix whose inputs grow with the field contracts, matrices around it whose outputs grow expand,
+everything else of that size goes along. What is found this way is a guess until it is proved:
+`prove` permutes the rows and runs the model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yopo.adapters.ffn import Ffn, Slot
+from yopo.adapters.skeleton import Probe
+from yopo.errors import UnsupportedModelError
+
+_TOLERANCE = 1e-2
+"""Relative change of an output that rounding may cause; a wrong permutation changes it all."""
+
+
+def ffns_by_structure(model: nn.Module, probe: Probe, claimed: set[str]) -> Iterator[Ffn]:
+    """Yield the FFNs whose width `probe` sets and that no layout has claimed.
+
+    Args:
+        model: The model.
+        probe: A config field and the parameters that grow with it.
+        claimed: Names of parameters that belong to an FFN already.
+    """
+    grown = {name: axis for name, axis in probe.axes.items() if name not in claimed}
+    matrices = {name: axis for name, axis in grown.items() if _matrix_axis(model, name) is not None}
+    inputs = [name for name, axis in matrices.items() if axis != _matrix_axis(model, name)]
+    outputs = [name for name, axis in matrices.items() if axis == _matrix_axis(model, name)]
+    for contract in inputs:
+        container = _container(contract, outputs)
+        inside = [name for name in inputs if name.startswith(container)]
+        if container and len(inside) == 1:
+            yield from _ffn_in(model, probe, contract, container, grown, outputs)
+
+
+def prove(model: nn.Module, ffns: Sequence[Ffn], seed: int = 0) -> None:
+    """Check that permuting the rows of each FFN leaves the output of its contract matrix unchanged.
+
+    The rows are permuted in place, the model is run on a few made-up inputs, and the rows are put
+    back: moves, not arithmetic, so the weights end bit for bit as they were.
+
+    Raises:
+        UnsupportedModelError: If an output changes, an FFN takes no part in the run, or the model
+            cannot be run.
+    """
+    if any(slot.parameter.is_meta for ffn in ffns for slot in ffn.slots):
+        raise UnsupportedModelError(
+            f"`{ffns[0].path}` looks like an FFN of an architecture that yopo does not know, and "
+            "cannot be proved while its weights are on the meta device. Load the weights."
+        )
+    before = _contract_outputs(model, ffns)
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(ffn.rows, generator=generator) for ffn in ffns]
+    try:
+        for ffn, order_F in zip(ffns, orders, strict=True):
+            _permute(ffn, order_F)
+        after = _contract_outputs(model, ffns)
+    finally:
+        for ffn, order_F in zip(ffns, orders, strict=True):
+            _permute(ffn, order_F.argsort())
+    for ffn in ffns:
+        old, new = before.get(ffn.name), after.get(ffn.name)
+        if old is None or new is None or old.shape != new.shape:
+            raise UnsupportedModelError(
+                f"`{ffn.path}` looks like an FFN but took no part in a trial run, so yopo cannot "
+                "prove that its rows may be removed. Describe it with `yopo.register_adapter`."
+            )
+        if not (old - new).norm() <= _TOLERANCE * old.norm():
+            raise UnsupportedModelError(
+                f"`{ffn.path}` looks like an FFN of {ffn.rows} rows, but permuting its rows "
+                "changes its output, so they cannot be removed one by one."
+            )
+
+
+def trial_inputs(model: nn.Module, tokens: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Return small made-up inputs for `model`, on its device: token ids, pixels or audio features.
+
+    Raises:
+        UnsupportedModelError: If yopo does not know what the model reads.
+    """
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", None) or 2)
+    ids = torch.randint(2, max(vocabulary, 3), (1, tokens), generator=generator)
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        inputs = {"input_ids": ids}
+    elif name == "pixel_values":
+        size = getattr(config, "image_size", None) or config.vision_config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        inputs = {"pixel_values": torch.randn(1, channels, height, width, generator=generator)}
+    elif name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        bins = getattr(config, "num_mel_bins", 80)
+        inputs = {"input_features": torch.randn(1, bins, frames, generator=generator)}
+    elif name == "input_values":
+        inputs = {"input_values": torch.randn(1, 4000, generator=generator)}
+    else:
+        raise UnsupportedModelError(f"yopo does not know how to make a trial `{name}`.")
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    anchor = next(model.parameters())
+    return {
+        key: value.to(anchor.device, anchor.dtype if value.is_floating_point() else value.dtype)
+        for key, value in inputs.items()
+    }
+
+
+def _contract_outputs(model: nn.Module, ffns: Sequence[Ffn]) -> dict[str, Tensor]:
+    """Run `model` on trial inputs and return what each contract matrix gave, in float64."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs[name] = output.detach().double()
+
+        return hook
+
+    handles = [ffn.contract.module.register_forward_hook(keep(ffn.name)) for ffn in ffns]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(**trial_inputs(model))
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"`{ffns[0].path}` looks like an FFN of an architecture that yopo does not know, and "
+            f"the model could not be run to prove it ({type(error).__name__}: {error}). Describe "
+            "it with `yopo.register_adapter`."
+        ) from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _permute(ffn: Ffn, order_F: Tensor) -> None:
+    with torch.no_grad():
+        for slot in ffn.slots:
+            view = slot.read(ffn.rows)
+            view.copy_(view[order_F.to(view.device)])
+
+
+def _ffn_in(
+    model: nn.Module,
+    probe: Probe,
+    contract: str,
+    container: str,
+    grown: dict[str, int],
+    outputs: list[str],
+) -> Iterator[Ffn]:
+    contract_slot = _slot(model, contract, grown[contract])
+    rows = contract_slot.parameter.shape[contract_slot.axis]
+    expand: list[Slot] = []
+    vectors: list[Slot] = []
+    for name, axis in grown.items():
+        if name == contract or not name.startswith(container):
+            continue
+        slot = _slot(model, name, axis)
+        length = slot.parameter.shape[axis]
+        starts = {rows: [0], 2 * rows: [0, rows]}.get(length, [])
+        if not starts:
+            return
+        (expand if name in outputs else vectors).extend(
+            Slot(slot.module, slot.name, axis, start) for start in starts
+        )
+    if 1 <= len(expand) <= 2:
+        path = container.removesuffix(".")
+        yield Ffn(
+            name=path,
+            path=path,
+            rows=rows,
+            expand=tuple(expand),
+            contract=contract_slot,
+            vectors=tuple(vectors),
+            width=probe.field_for(rows),
+            known=False,
+        )
+
+
+def _container(contract: str, outputs: list[str]) -> str:
+    """Return the path, with a dot, of the innermost module that holds `contract` and an output."""
+    path = contract
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if any(name.startswith(path + ".") for name in outputs):
+            return path + "."
+    return ""
+
+
+def _slot(model: nn.Module, name: str, axis: int) -> Slot:
+    path, _, key = name.rpartition(".")
+    return Slot(model.get_submodule(path), key, axis)
+
+
+def _matrix_axis(model: nn.Module, name: str) -> int | None:
+    """Return the axis that runs over a matrix's outputs, None if `name` is not a linear map's."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not name.endswith(".weight") or getattr(module, "weight", torch.empty(0)).dim() != 2:
+        return None
+    if type(module).__name__ == "Conv1D":
+        return 1
+    return 0 if isinstance(module, nn.Linear) else None

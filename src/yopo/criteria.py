@@ -1,0 +1,68 @@
+"""Closed-form scores of rows, from the weights alone: the larger, the better to keep.
+
+Shapes: F rows, D model width. A criterion is a function from an FFN to scores `(F,)`; whoever
+wants another one writes that function and hands it to `plan_by_criterion`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from yopo.adapters import Ffn, check_weights, find_ffns
+from yopo.plan import MultipleOf, PruningPlan, plan_widths
+from yopo.sampling import best_rows
+
+Criterion = Callable[[Ffn], Tensor]
+
+
+def row_norm(ffn: Ffn) -> Tensor:
+    """Return the Euclidean norm `(F,)` of each row of the first expand matrix (gate, or fc1)."""
+    norm_F: Tensor = ffn.expand_weights()[0].float().norm(dim=1)
+    return norm_F
+
+
+def norm_product(ffn: Ffn) -> Tensor:
+    """Return the log of the product of each row's norms, `(F,)`: in every expand and contract."""
+    matrices = [*ffn.expand_weights(), ffn.contract_weight()]
+    return torch.stack([matrix.float().norm(dim=1).log() for matrix in matrices]).sum(dim=0)
+
+
+def random_rows(seed: int = 0) -> Criterion:
+    """Return a criterion that scores rows by noise: the baseline that any method must beat."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def score(ffn: Ffn) -> Tensor:
+        return torch.rand(ffn.rows, generator=generator)
+
+    return score
+
+
+def plan_by_criterion(
+    model: nn.Module, ratio: float, *, criterion: Criterion, multiple_of: MultipleOf = "auto"
+) -> PruningPlan:
+    """Plan to keep, in each FFN of `model`, the rows that `criterion` scores highest.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be pruned.
+        InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing.
+
+    Example:
+        >>> plan = yopo.plan_by_criterion(model, 0.3, criterion=yopo.criteria.row_norm)
+        >>> yopo.apply_plan(model, plan)
+    """
+    ffns = find_ffns(model)
+    check_weights(ffns)
+    widths = plan_widths(ffns, ratio, multiple_of=multiple_of)
+    return plan_from_scores(ffns, ratio, widths, [criterion(ffn) for ffn in ffns])
+
+
+def plan_from_scores(
+    ffns: Sequence[Ffn], ratio: float, widths: dict[str, int], scores: Sequence[Tensor]
+) -> PruningPlan:
+    """Keep the best-scored rows of each FFN."""
+    kept = {
+        ffn.name: best_rows(scores_F, keep=widths[ffn.name]).cpu()
+        for ffn, scores_F in zip(ffns, scores, strict=True)
+    }
+    return PruningPlan(kept=kept, rows={ffn.name: ffn.rows for ffn in ffns}, ratio=ratio)

@@ -1,0 +1,77 @@
+"""Load pruned models, those with widths that their config cannot express included."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from yopo.adapters import find_ffns
+from yopo.errors import InvalidArgumentError
+from yopo.plan import PruningPlan
+from yopo.surgery import WIDTHS_KEY, apply_plan
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """Load a model that yopo pruned from the folder `path`.
+
+    A model of one width is an ordinary checkpoint, and this is `from_pretrained` of its class. A
+    model with unequal widths is built by the same class and resized before its weights arrive.
+
+    Args:
+        path: A folder that `save_pretrained` wrote.
+        **kwargs: Passed on to `from_pretrained`: `dtype`, `device_map` and so on.
+
+    Returns:
+        The model, an instance of the class that its config names.
+
+    Raises:
+        InvalidArgumentError: If the folder holds no config, or names no class of transformers.
+
+    Example:
+        >>> model = yopo.load("llama-pruned", dtype="auto")  # doctest: +SKIP
+    """
+    import transformers
+
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise InvalidArgumentError(f"`{path}` holds no model: `config.json` is missing.")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    names = config.get("architectures") or [None]
+    model_class = getattr(transformers, str(names[0]), None)
+    if model_class is None:
+        raise InvalidArgumentError(
+            f"`{file}` names the architecture {names[0]!r}, which transformers does not have."
+        )
+    widths = config.get(WIDTHS_KEY)
+    if not widths:
+        return model_class.from_pretrained(path, **kwargs)
+    model = _resized_class(model_class, widths).from_pretrained(path, **kwargs)
+    model.__class__ = model_class
+    return model
+
+
+def _resized_class(model_class: type[nn.Module], widths: dict[str, int]) -> Any:
+    """Return a class that builds `model_class` and cuts its FFNs to `widths` at once."""
+
+    def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        self.__class__ = model_class
+        try:
+            _resize(self, widths)
+        finally:
+            self.__class__ = resized
+
+    resized = type(model_class.__name__, (model_class,), {"__init__": build})
+    resized.__module__ = model_class.__module__
+    return resized
+
+
+def _resize(model: nn.Module, widths: dict[str, int]) -> None:
+    """Cut the FFNs of a freshly built model to `widths`; its weights do not matter yet."""
+    ffns = find_ffns(model, prove_unknown=False)
+    kept = {ffn.name: torch.arange(widths.get(ffn.name, ffn.rows), device="cpu") for ffn in ffns}
+    rows = {ffn.name: ffn.rows for ffn in ffns}
+    setattr(model.config, WIDTHS_KEY, None)
+    apply_plan(model, PruningPlan(kept=kept, rows=rows, ratio=0.0), ffns=ffns)

@@ -1,0 +1,149 @@
+"""A trained policy: the little that scores rows of any model it fits, and how it came to be.
+
+Shapes: F rows, D columns of the scored matrix, P features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from yopo.adapters import Ffn
+from yopo.errors import InvalidArgumentError, PolicyFileError, PolicyMismatchError
+from yopo.features import FEATURES, row_features
+from yopo.files import read_folder, write_folder
+from yopo.plan import MultipleOf, check_ratio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Say how a policy is trained and used. `PolicyPruner` documents each field."""
+
+    method: Literal["features", "prunenet"]
+    ratio: float
+    episodes: int
+    learning_rate: float
+    discount: float
+    samples: int
+    seed: int
+    multiple_of: MultipleOf
+    kl: bool = False
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InvalidArgumentError: If one is outside its range.
+        """
+        check_ratio(self.ratio)
+        _check_integer("episodes", self.episodes, 1)
+        _check_integer("samples", self.samples, 1 if self.method == "prunenet" else 2)
+        _check_integer("seed", self.seed, 0)
+        if self.multiple_of != "auto":
+            _check_integer("multiple_of", self.multiple_of, 1)
+        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < float("inf"):
+            raise InvalidArgumentError(
+                f"`learning_rate` must be positive and finite, got {self.learning_rate!r}."
+            )
+        if not _is_number(self.discount) or not 0 < self.discount <= 1:
+            raise InvalidArgumentError(f"`discount` must be in (0, 1], got {self.discount!r}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """Score the rows of FFNs: the parameters of a trained scorer, and its recipe.
+
+    Attributes:
+        recipe: How it was trained.
+        tensors: `{"weights_P"}` for features; `{"vector_D", "constant"}` for PruneNet.
+    """
+
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+
+    def log_odds(self, ffn: Ffn) -> Tensor:
+        """Return the log-odds `(F,)` of keeping each row of `ffn`, on the device of its weights.
+
+        Raises:
+            PolicyMismatchError: If the policy scores rows of another width.
+        """
+        if self.recipe.method == "features":
+            features_FP = row_features(ffn)
+            return features_FP @ self.tensors["weights_P"].to(features_FP.device)
+        gate_FD = ffn.expand_weights()[0].float()
+        vector_D = self.tensors["vector_D"].to(gate_FD.device)
+        if gate_FD.shape[1] != len(vector_D):
+            raise PolicyMismatchError(
+                f"this policy scores rows of width {len(vector_D)}, but `{ffn.name}` has width "
+                f"{gate_FD.shape[1]}. Fit a new policy on this model."
+            )
+        return gate_FD @ vector_D + self.tensors["constant"].to(gate_FD.device)
+
+    def save(self, path: str | Path) -> None:
+        """Write `policy.safetensors`, `policy_config.json` and a card into the folder `path`.
+
+        Raises:
+            PolicyFileError: If the folder cannot be written.
+        """
+        config = {"recipe": asdict(self.recipe), "features": list(FEATURES)}
+        write_folder(path, "policy", config, self.tensors, card=self._card())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a policy that `save` wrote.
+
+        Raises:
+            PolicyFileError: If the files are missing, damaged, foreign, of a newer format, or the
+                policy looks at features that this version does not compute.
+        """
+        config, tensors = read_folder(path, "policy")
+        try:
+            known = {field.name for field in fields(Recipe)}
+            recipe = Recipe(**{key: config["recipe"][key] for key in known})
+        except (KeyError, TypeError, InvalidArgumentError) as error:
+            raise PolicyFileError(f"`{path}` holds a damaged policy: {error}.") from error
+        _check_tensors(path, recipe, config, tensors)
+        return cls(recipe, tensors)
+
+    def _card(self) -> str:
+        rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(self.recipe).items())
+        return (
+            "---\nlibrary_name: yopo\ntags: [pruning, policy]\n---\n\n"
+            "# A pruning policy\n\nScores the hidden units of feed-forward networks. Use it with "
+            "`pip install yopo-prune`:\n\n"
+            "```python\nimport yopo\n\n"
+            'yopo.PolicyPruner.from_policy("path/to/this/folder").prune(model, ratio=0.3)\n```\n\n'
+            f"| trained with | |\n|---|---|\n{rows}\n"
+        )
+
+
+def _check_tensors(
+    path: str | Path, recipe: Recipe, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    wanted = {"weights_P"} if recipe.method == "features" else {"vector_D", "constant"}
+    if tensors.keys() != wanted or not all(
+        tensor.is_floating_point() and torch.isfinite(tensor).all() for tensor in tensors.values()
+    ):
+        raise PolicyFileError(
+            f"`{path}` holds a damaged policy: it needs finite {', '.join(sorted(wanted))}."
+        )
+    if recipe.method == "features" and config.get("features") != list(FEATURES):
+        raise PolicyFileError(
+            f"the policy in `{path}` looks at other features than this version of yopo computes. "
+            "Fit it again."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgumentError(
+            f"`{name}` must be an integer of at least {least}, got {value!r}."
+        )

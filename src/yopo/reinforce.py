@@ -1,0 +1,154 @@
+"""Episodes of policy gradient: draw rows, see what they earn, make the better draws likelier.
+
+Shapes: L layers, F rows, D columns, K kept rows, M draws, P features.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from yopo.adapters import Ffn
+from yopo.features import FEATURES, row_features
+from yopo.policy import Policy, Recipe
+from yopo.reward import discounted, spectral_reward
+from yopo.sampling import best_rows, draw_log_probability, draw_rows
+from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
+from yopo.spectrum import Spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """Record one episode; every tuple has one entry a layer.
+
+    Attributes:
+        number: Counted from 0.
+        loss: The policy-gradient loss.
+        reward: What the draws earned on average, before the discount.
+        ks: Kolmogorov-Smirnov distance of the draws on average, in [0, 1].
+        gradient_norm: Euclidean norm of the loss's gradient, before clipping.
+        best_ks: The distance of the rows that the policy prefers, no draw; empty where the method
+            never looks.
+    """
+
+    number: int
+    loss: tuple[float, ...]
+    reward: tuple[float, ...]
+    ks: tuple[float, ...]
+    gradient_norm: tuple[float, ...]
+    best_ks: tuple[float, ...] = ()
+
+
+def learn(
+    ffns: Sequence[Ffn], recipe: Recipe, widths: dict[str, int]
+) -> Iterator[tuple[Episode, Policy]]:
+    """Train a policy on intrinsic features of the rows, and yield it after each episode.
+
+    Each episode draws M sets of rows a layer, without replacement. Their advantage is the reward
+    minus the mean reward of the layer's other draws, in units of their spread; the loss is minus
+    the advantage times the exact log-probability of the draw. Gradients are clipped to norm 1
+    before AdamW moves. What is yielded is the policy whose preferred rows had the smallest mean
+    distance so far, so it never falls below the start, at which all rows are alike.
+
+    Args:
+        ffns: The FFNs to learn on.
+        recipe: Hyperparameters.
+        widths: How many rows each FFN keeps, by name.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    layers = [(row_features(ffn), Spectrum.of(ffn.expand_weights()[0])) for ffn in ffns]
+    keeps = [widths[ffn.name] for ffn in ffns]
+    weights_P = nn.Parameter(torch.zeros(len(FEATURES)))
+    optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
+    best = (float("inf"), weights_P.detach().clone())
+    for number in range(recipe.episodes):
+        losses, norms, rewards, distances, preferred = [], [], [], [], []
+        gradient_P = torch.zeros_like(weights_P)
+        for depth, ((features_FP, spectrum), keep) in enumerate(zip(layers, keeps, strict=True)):
+            logits_F = features_FP @ weights_P.to(features_FP.device)
+            drawn_MK = draw_rows(logits_F, keep=keep, draws=recipe.samples, generator=generator)
+            tried_MK = torch.cat([drawn_MK.sort().values, best_rows(logits_F, keep=keep)[None]])
+            reward_M, ks_M = spectral_reward(spectrum, tried_MK)
+            advantage_M = recipe.discount**depth * leave_one_out(reward_M[:-1]).to(logits_F.dtype)
+            loss = -(advantage_M * draw_log_probability(logits_F, drawn_MK)).mean()
+            (layer_gradient_P,) = torch.autograd.grad(loss, weights_P)
+            gradient_P += layer_gradient_P / len(layers)
+            losses.append(float(loss))
+            norms.append(float(layer_gradient_P.norm()))
+            rewards.append(float(reward_M[:-1].mean()))
+            distances.append(float(ks_M[:-1].mean()))
+            preferred.append(float(ks_M[-1]))
+        best = min(best, (sum(preferred), weights_P.detach().clone()), key=lambda pair: pair[0])
+        weights_P.grad = gradient_P
+        nn.utils.clip_grad_norm_([weights_P], 1.0)
+        optimizer.step()
+        episode = Episode(number, *map(tuple, (losses, rewards, distances, norms, preferred)))
+        yield episode, Policy(recipe, {"weights_P": best[1]})
+
+
+def learn_as_published(
+    ffns: Sequence[Ffn], recipe: Recipe, widths: dict[str, int]
+) -> Iterator[tuple[Episode, Policy]]:
+    """Train PruneNet's policy as its reference code does, and yield it after each episode.
+
+    The reference is LCS2-IIITD/PruneNet, experiments/prunenet.py.
+
+    Kept on purpose: one draw an episode, no baseline, the sum of log keep probabilities instead of
+    the log-probability of the draw, other noise in the loss than in the draw, one AdamW step a
+    layer, no clipping that acts, and the last policy rather than the best. Left out because it
+    changes nothing but the cost: the copies of the model, the singular vectors, the product with a
+    matrix of rank one. Log-odds replace probabilities, so that log(0) cannot happen.
+    """
+    device = ffns[0].contract.parameter.device
+    generator = torch.Generator().manual_seed(recipe.seed)
+    weights = [ffn.expand_weights()[0] for ffn in ffns]
+    spectra = [Spectrum.of(weight_FD) for weight_FD in weights]
+    scorer = PruneNetScorer(weights[0].shape[1], weights[0].shape[0], generator=generator)
+    scorer.to(device)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=recipe.learning_rate)
+    for number in range(recipe.episodes):
+        kept, earned, distances = [], [], []
+        for ffn, weight_FD, spectrum in zip(ffns, weights, spectra, strict=True):
+            with torch.no_grad():
+                noisy_F = noisy_log_odds(scorer(weight_FD.float()), generator=generator)
+            drawn_1K = draw_rows(
+                logsigmoid(noisy_F), keep=widths[ffn.name], draws=1, generator=generator
+            )
+            reward_1, ks_1 = spectral_reward(spectrum, drawn_1K.sort().values)
+            kept.append(drawn_1K[0])
+            earned.append(reward_1[0])
+            distances.append(float(ks_1))
+        returns_L = discounted(torch.stack(earned), recipe.discount)
+        losses, norms = [], []
+        for weight_FD, kept_K, value in zip(weights, kept, returns_L.tolist(), strict=True):
+            log_odds_F = scorer(weight_FD.float())
+            log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
+            loss = -log_keep_F[kept_K].sum() * value
+            losses.append(float(loss))
+            if recipe.kl:
+                loss = loss + kl_to_fair_coin(log_odds_F)
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(float(nn.utils.get_total_norm(_gradients(scorer))))
+            optimizer.step()
+        rewards = [float(reward) for reward in earned]
+        vector_D, constant = (value.detach().clone() for value in scorer.collapsed())
+        episode = Episode(number, *map(tuple, (losses, rewards, distances, norms)))
+        yield episode, Policy(recipe, {"vector_D": vector_D, "constant": constant})
+
+
+def leave_one_out(reward_M: Tensor) -> Tensor:
+    """Return advantages `(M,)`: rewards minus the mean of the others, divided by their spread.
+
+    The baseline of a draw does not depend on it, so the gradient stays unbiased (Kool et al. 2019,
+    "Buy 4 REINFORCE samples, get a baseline for free!"); the spread only scales the step.
+    """
+    count = len(reward_M)
+    advantage_M = (reward_M - reward_M.mean()) * count / (count - 1)
+    return advantage_M / reward_M.std().clamp_min(1e-12)
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

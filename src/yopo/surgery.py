@@ -1,0 +1,276 @@
+"""Cut rows out of a model in place, and write the new widths into its config.
+
+Everything is checked before the first tensor changes: the class of the model is built from the new
+config on the meta device, and must have the shapes that the cut will leave.
+"""
+
+import signal
+import threading
+import types
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from yopo.adapters import Ffn, Slot, find_ffns
+from yopo.adapters.skeleton import (
+    build_skeleton,
+    nested_configs,
+    shapes_of,
+    write_width,
+)
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.plan import PruningPlan
+
+logger = logging.get_logger(__name__)
+
+WIDTHS_KEY = "yopo_widths"
+"""Config entry of a model whose widths no field of its config can express: rows by FFN."""
+
+_Fields = dict[tuple[tuple[str, ...], str], int]
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | None = None) -> None:
+    """Remove from `model`, in place, every row that `plan` does not keep.
+
+    Parameters stay the same objects with their device, dtype, `requires_grad` and memory format;
+    gradients, whose shapes no longer fit, are dropped. Module sizes and config fields follow.
+
+    Args:
+        model: A `PreTrainedModel`; its weights may be on the meta device.
+        plan: Which rows stay. It must name every FFN of the model, at its present width.
+        ffns: The FFNs of the model if the caller has found them already.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be pruned, or the result could not be loaded
+            again.
+        InvalidArgumentError: If the plan was made for another model.
+
+    Warns:
+        Through the log, if the widths that come out cannot be written into the config, so that
+        only `yopo.load` can load the saved model.
+    """
+    ffns = find_ffns(model) if ffns is None else ffns
+    _check_plan(ffns, plan)
+    fields, overrides = _config_changes(model, ffns, plan)
+    skeleton = _reloaded_skeleton(model, ffns, plan, fields, overrides)
+    with _interrupts_held():
+        _cut_parameters(ffns, plan)
+        _sync_sizes(model, ffns, plan, skeleton)
+        _write_config(model, fields, overrides)
+    if overrides:
+        _warn_on_save(model)
+        logger.warning(
+            f"The config of {type(model).__name__} cannot express the new widths of "
+            f"{len(overrides)} FFNs. After `save_pretrained`, load the model with `yopo.load`."
+        )
+
+
+def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+    present = {ffn.name: ffn.rows for ffn in ffns}
+    for name, rows in present.items():
+        if plan.rows.get(name) != rows:
+            planned = plan.rows.get(name)
+            told = "does not name it" if planned is None else f"was made for {planned}"
+            raise InvalidArgumentError(
+                f"the plan does not fit this model: `{name}` has {rows} rows, the plan {told}."
+            )
+    if unknown := plan.rows.keys() - present.keys():
+        raise InvalidArgumentError(
+            f"the plan does not fit this model, which has no FFN `{min(unknown)}`."
+        )
+    tensors: dict[int, tuple[Ffn, int]] = {}
+    for ffn in ffns:
+        width = len(plan.kept[ffn.name])
+        for slot in ffn.slots:
+            first, expected = tensors.setdefault(id(slot.parameter), (ffn, width))
+            if width != expected:
+                raise InvalidArgumentError(
+                    f"`{first.name}` and `{ffn.name}` are experts in one tensor and need one "
+                    f"width, got {expected} and {width}."
+                )
+
+
+def _config_changes(
+    model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan
+) -> tuple[_Fields, dict[str, int]]:
+    """Return new values for config fields, and the widths that no field can express."""
+    groups: dict[tuple[tuple[str, ...], str] | None, list[Ffn]] = defaultdict(list)
+    for ffn in ffns:
+        groups[(ffn.width.path, ffn.width.key) if ffn.width else None].append(ffn)
+    fields: _Fields = {}
+    overrides = dict(getattr(model.config, WIDTHS_KEY, {}) or {})
+    for field, group in groups.items():
+        values = {
+            ffn.width.per_row * len(plan.kept[ffn.name]) for ffn in group if ffn.width is not None
+        }
+        if field is not None and len(values) == 1 and min(values).denominator == 1:
+            if any(len(plan.kept[ffn.name]) != ffn.rows for ffn in group):
+                fields[field] = int(min(values))
+        else:
+            overrides |= {ffn.name: len(plan.kept[ffn.name]) for ffn in group}
+    return fields, overrides
+
+
+def _reloaded_skeleton(
+    model: nn.Module,
+    ffns: Sequence[Ffn],
+    plan: PruningPlan,
+    fields: _Fields,
+    overrides: Mapping[str, int],
+) -> nn.Module | None:
+    """Return what loading the cut model will build, after checking that it has the right shapes.
+
+    None for a model whose class cannot be built from its config alone.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
+    for ffn in ffns:
+        removed = ffn.rows - len(plan.kept[ffn.name])
+        for slot in ffn.slots:
+            if not slot.expert:  # experts of one tensor shrink together: count the first
+                axis = slot.axis + (slot.expert is not None)
+                shapes[names[id(slot.parameter)]][axis] -= removed
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    expected = {name: tuple(shapes[names[id(parameter)]]) for name, parameter in aliases.items()}
+    try:
+        skeleton = build_skeleton(model, fields)
+    except Exception as error:
+        if not fields:
+            return None
+        changes = ", ".join(f"{key}={value}" for (_, key), value in fields.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be built with {changes}: {error}"
+        ) from error
+    if not overrides:
+        for name, shape in shapes_of(skeleton).items():
+            if expected.get(name, shape) != shape:
+                raise UnsupportedModelError(
+                    f"cutting would leave `{name}` with shape {expected[name]}, but loading the "
+                    f"saved model would build {shape}. Please report this architecture."
+                )
+    return skeleton
+
+
+def _cut_parameters(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+    parts: dict[int, list[tuple[Slot, Tensor]]] = defaultdict(list)
+    for ffn in ffns:
+        kept_K = plan.kept[ffn.name]
+        if len(kept_K) != ffn.rows:
+            for slot in ffn.slots:
+                parts[id(slot.parameter)].append((slot, slot.indices(kept_K)))
+    for slots in parts.values():
+        _cut_parameter(slots)
+
+
+def _cut_parameter(slots: list[tuple[Slot, Tensor]]) -> None:
+    """Keep the given entries of one parameter, which all `slots` share."""
+    slot = slots[0][0]
+    parameter = slot.parameter
+    by_expert: dict[int | None, list[Tensor]] = defaultdict(list)
+    for part, indices in slots:
+        by_expert[part.expert].append(indices)
+    entries = {
+        expert: torch.cat(indices).sort().values.to(parameter.device)
+        for expert, indices in by_expert.items()
+    }
+    with torch.no_grad():
+        if slot.expert is None:
+            cut = _select(parameter.data, slot.axis, entries[None])
+        else:
+            experts = range(parameter.shape[0])
+            cut = torch.stack(
+                [_select(parameter.data[expert], slot.axis, entries[expert]) for expert in experts]
+            )
+        parameter.grad = None
+        parameter.data = cut
+
+
+def _select(tensor: Tensor, axis: int, entries: Tensor) -> Tensor:
+    """Return `entries` of `tensor` along `axis`, laid out in memory as `tensor` is."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    selected = tensor.permute(order).index_select(order.index(axis), entries).contiguous()
+    return selected.permute([order.index(dim) for dim in range(tensor.dim())])
+
+
+def _sync_sizes(
+    model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan, skeleton: nn.Module | None
+) -> None:
+    """Set the sizes that modules keep as attributes to what their weights now are."""
+    built = dict(skeleton.named_modules()) if skeleton is not None else {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
+            module.out_features, module.in_features = weight.shape
+        elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+            module.nx, module.nf = weight.shape
+        elif name in built and shapes_of(built[name]) == shapes_of(module):
+            for key, value in vars(built[name]).items():
+                if _is_size(key, value) and key in vars(module):
+                    setattr(module, key, value)
+    for ffn in ffns:  # widths that no skeleton shows: whatever in its module held the old one
+        model_width = ffn.contract_weight().shape[1]
+        holders = {id(slot.module): slot.module for slot in ffn.slots}
+        for module in (model.get_submodule(ffn.path), *holders.values()):
+            for key, value in list(vars(module).items()):
+                if _is_size(key, value) and value == ffn.rows != model_width:
+                    setattr(module, key, len(plan.kept[ffn.name]))
+
+
+def _is_size(key: str, value: object) -> bool:
+    return (
+        isinstance(value, int | tuple) and not isinstance(value, bool) and not key.startswith("_")
+    )
+
+
+def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int]) -> None:
+    """Write the new widths into the config and into the copies that submodules keep."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            for _, nested in nested_configs(config):
+                configs[id(nested)] = nested
+    for (path, key), value in fields.items():
+        target = model.config
+        for part in path:
+            target = getattr(target, part)
+        old = getattr(target, key)
+        for config in configs.values():
+            if type(config) is type(target) and getattr(config, key, None) == old:
+                write_width(config, key, value)
+    if overrides:
+        setattr(model.config, WIDTHS_KEY, dict(overrides))
+
+
+def _warn_on_save(model: nn.Module) -> None:
+    """Make `model.save_pretrained` say that stock `from_pretrained` cannot load the result."""
+    model.save_pretrained = types.MethodType(_save_with_warning, model)  # type: ignore[assignment]
+
+
+def _save_with_warning(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    logger.warning(
+        "This model has FFN widths that its config cannot express: stock `from_pretrained` will "
+        "refuse the saved files. Load them with `yopo.load(path)`."
+    )
+    return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: half a cut would leave a broken model."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, types.FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending and callable(previous):
+        previous(*pending[0])
