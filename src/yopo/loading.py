@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from yopo.adapters import find_ffns
+from yopo.adapters.attention import find_attention_units
 from yopo.errors import InvalidArgumentError
 from yopo.plan import PruningPlan
-from yopo.surgery import WIDTHS_KEY, apply_plan
+from yopo.surgery import WIDTHS_KEY, cut_rows
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -71,7 +72,9 @@ def _resized_class(model_class: type[nn.Module], widths: dict[str, int]) -> Any:
 def _resize(model: nn.Module, widths: dict[str, int]) -> None:
     """Cut the FFNs of a freshly built model to `widths`; its weights do not matter yet."""
     ffns = find_ffns(model, prove_unknown=False)
+    if not widths.keys() <= {ffn.name for ffn in ffns}:
+        ffns += find_attention_units(model)
     kept = {ffn.name: torch.arange(widths.get(ffn.name, ffn.rows), device="cpu") for ffn in ffns}
     rows = {ffn.name: ffn.rows for ffn in ffns}
     setattr(model.config, WIDTHS_KEY, None)
-    apply_plan(model, PruningPlan(kept=kept, rows=rows, ratio=0.0), ffns=ffns)
+    cut_rows(model, PruningPlan(kept=kept, rows=rows, ratio=0.0), ffns)

@@ -74,7 +74,7 @@ class Policy:
         if self.recipe.method == "features":
             features_FP = row_features(ffn)
             return features_FP @ self.tensors["weights_P"].to(features_FP.device)
-        gate_FD = ffn.expand_weights()[0].float()
+        gate_FD = torch.stack(ffn.expand_weights()[: ffn.scored]).float().mean(dim=0)
         vector_D = self.tensors["vector_D"].to(gate_FD.device)
         if gate_FD.shape[1] != len(vector_D):
             raise PolicyMismatchError(

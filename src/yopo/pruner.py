@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn, check_weights, find_ffns
+from yopo.adapters.attention import find_attention_units
 from yopo.errors import NotFittedError, PolicyMismatchError
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
@@ -117,6 +118,11 @@ class PolicyPruner:
             kl=kl,
             attention=attention,
         )
+        if attention:
+            logger.warning(
+                "Cutting the attention harms a model far more than it saves; the authors of "
+                "PruneNet advise against it."
+            )
         return pruner
 
     @classmethod
@@ -196,7 +202,8 @@ class PolicyPruner:
             InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing, or `layers`
                 selects nothing.
         """
-        return self._plan(find_ffns(model), ratio, layers, sample)
+        self._require_policy()
+        return self._plan(self._find(model), ratio, layers, sample)
 
     def prune(
         self,
@@ -224,7 +231,7 @@ class PolicyPruner:
             InvalidArgumentError: As `plan`.
         """
         self._require_policy()
-        ffns = find_ffns(model)
+        ffns = self._find(model)
         apply_plan(model, self._plan(ffns, ratio, layers, sample), ffns=ffns)
         return model
 
@@ -236,6 +243,11 @@ class PolicyPruner:
             PolicyFileError: If the folder cannot be written.
         """
         self._require_policy().save(path)
+
+    def _find(self, model: nn.Module) -> list[Ffn]:
+        """Return what the recipe cuts: the FFNs, and the heads in the attention variant."""
+        ffns = find_ffns(model)
+        return ffns + find_attention_units(model) if self._recipe.attention else ffns
 
     def _require_policy(self) -> Policy:
         if self._policy is None:

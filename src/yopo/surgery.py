@@ -31,6 +31,16 @@ logger = logging.get_logger(__name__)
 WIDTHS_KEY = "yopo_widths"
 """Config entry of a model whose widths no field of its config can express: rows by FFN."""
 
+_SIZE_NAMES = {
+    "expert_dim",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "head_dim",
+    "intermediate_dim",
+    "intermediate_size",
+}
+"""Attributes under which modules remember the width of an FFN or the size of a head."""
+
 _Fields = dict[tuple[tuple[str, ...], str], int]
 
 
@@ -54,20 +64,28 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
         Through the log, if the widths that come out cannot be written into the config, so that
         only `yopo.load` can load the saved model.
     """
-    ffns = find_ffns(model) if ffns is None else ffns
-    _check_plan(ffns, plan)
-    fields, overrides = _config_changes(model, ffns, plan)
-    skeleton = _reloaded_skeleton(model, ffns, plan, fields, overrides)
-    with _interrupts_held():
-        _cut_parameters(ffns, plan)
-        _sync_sizes(model, ffns, plan, skeleton)
-        _write_config(model, fields, overrides)
+    overrides = cut_rows(model, plan, find_ffns(model) if ffns is None else ffns)
     if overrides:
-        _warn_on_save(model)
         logger.warning(
             f"The config of {type(model).__name__} cannot express the new widths of "
             f"{len(overrides)} FFNs. After `save_pretrained`, load the model with `yopo.load`."
         )
+
+
+def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[str, int]:
+    """Do what `apply_plan` does, and return the widths that the config cannot express, by name."""
+    _check_plan(ffns, plan)
+    fields, overrides = _config_changes(model, ffns, plan)
+    skeletons = _skeletons(model, ffns, plan, fields, overrides)
+    with _interrupts_held():
+        _cut_parameters(ffns, plan)
+        _sync_sizes(model, skeletons)
+        _sync_overridden(model, [ffn for ffn in ffns if ffn.name in overrides], plan)
+        _write_config(model, fields, overrides)
+        _rebuild_rotary(model)
+    if overrides:
+        _warn_on_save(model)
+    return overrides
 
 
 def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
@@ -83,15 +101,15 @@ def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
         raise InvalidArgumentError(
             f"the plan does not fit this model, which has no FFN `{min(unknown)}`."
         )
-    tensors: dict[int, tuple[Ffn, int]] = {}
+    tensors: dict[tuple[int, int], tuple[Ffn, int]] = {}
     for ffn in ffns:
         width = len(plan.kept[ffn.name])
         for slot in ffn.slots:
-            first, expected = tensors.setdefault(id(slot.parameter), (ffn, width))
+            first, expected = tensors.setdefault((id(slot.parameter), ffn.rows), (ffn, width))
             if width != expected:
                 raise InvalidArgumentError(
-                    f"`{first.name}` and `{ffn.name}` are experts in one tensor and need one "
-                    f"width, got {expected} and {width}."
+                    f"`{first.name}` and `{ffn.name}` lie in one tensor and need one width, got "
+                    f"{expected} and {width}."
                 )
 
 
@@ -105,25 +123,26 @@ def _config_changes(
     fields: _Fields = {}
     overrides = dict(getattr(model.config, WIDTHS_KEY, {}) or {})
     for field, group in groups.items():
+        if all(len(plan.kept[ffn.name]) == ffn.rows for ffn in group):
+            continue
         values = {
             ffn.width.per_row * len(plan.kept[ffn.name]) for ffn in group if ffn.width is not None
         }
         if field is not None and len(values) == 1 and min(values).denominator == 1:
-            if any(len(plan.kept[ffn.name]) != ffn.rows for ffn in group):
-                fields[field] = int(min(values))
+            fields[field] = int(min(values))
         else:
             overrides |= {ffn.name: len(plan.kept[ffn.name]) for ffn in group}
     return fields, overrides
 
 
-def _reloaded_skeleton(
+def _skeletons(
     model: nn.Module,
     ffns: Sequence[Ffn],
     plan: PruningPlan,
     fields: _Fields,
     overrides: Mapping[str, int],
-) -> nn.Module | None:
-    """Return what loading the cut model will build, after checking that it has the right shapes.
+) -> tuple[nn.Module, nn.Module] | None:
+    """Return what the config builds now and after the cut, having checked the shapes of the latter.
 
     None for a model whose class cannot be built from its config alone.
     """
@@ -138,7 +157,7 @@ def _reloaded_skeleton(
     aliases = dict(model.named_parameters(remove_duplicate=False))
     expected = {name: tuple(shapes[names[id(parameter)]]) for name, parameter in aliases.items()}
     try:
-        skeleton = build_skeleton(model, fields)
+        dense, cut = build_skeleton(model, {}), build_skeleton(model, fields)
     except Exception as error:
         if not fields:
             return None
@@ -147,13 +166,13 @@ def _reloaded_skeleton(
             f"{type(model).__name__} cannot be built with {changes}: {error}"
         ) from error
     if not overrides:
-        for name, shape in shapes_of(skeleton).items():
+        for name, shape in shapes_of(cut).items():
             if expected.get(name, shape) != shape:
                 raise UnsupportedModelError(
                     f"cutting would leave `{name}` with shape {expected[name]}, but loading the "
                     f"saved model would build {shape}. Please report this architecture."
                 )
-    return skeleton
+    return dense, cut
 
 
 def _cut_parameters(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
@@ -197,34 +216,41 @@ def _select(tensor: Tensor, axis: int, entries: Tensor) -> Tensor:
     return selected.permute([order.index(dim) for dim in range(tensor.dim())])
 
 
-def _sync_sizes(
-    model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan, skeleton: nn.Module | None
-) -> None:
-    """Set the sizes that modules keep as attributes to what their weights now are."""
-    built = dict(skeleton.named_modules()) if skeleton is not None else {}
-    for name, module in model.named_modules(remove_duplicate=False):
+def _sync_sizes(model: nn.Module, skeletons: tuple[nn.Module, nn.Module] | None) -> None:
+    """Set what modules remember of their sizes to what their weights now are.
+
+    Linear maps are read off their weights; for the rest, whatever a freshly built model remembers
+    differently under the new config than under the old one is copied.
+    """
+    for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
             module.out_features, module.in_features = weight.shape
         elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-            module.nx, module.nf = weight.shape
-        elif name in built and shapes_of(built[name]) == shapes_of(module):
-            for key, value in vars(built[name]).items():
-                if _is_size(key, value) and key in vars(module):
-                    setattr(module, key, value)
-    for ffn in ffns:  # widths that no skeleton shows: whatever in its module held the old one
-        model_width = ffn.contract_weight().shape[1]
+            module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
+    if skeletons is None:
+        return
+    dense, cut = (dict(skeleton.named_modules(remove_duplicate=False)) for skeleton in skeletons)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name not in cut:
+            continue
+        for key, value in vars(cut[name]).items():
+            is_size = isinstance(value, int | float | tuple) and key in vars(module)
+            if is_size and value != vars(dense[name]).get(key):
+                setattr(module, key, value)
+
+
+def _sync_overridden(model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+    """Set the sizes remembered by modules whose new width no config, so no skeleton, can show."""
+    for ffn in ffns:
+        old, new = ffn.rows, len(plan.kept[ffn.name])
         holders = {id(slot.module): slot.module for slot in ffn.slots}
         for module in (model.get_submodule(ffn.path), *holders.values()):
-            for key, value in list(vars(module).items()):
-                if _is_size(key, value) and value == ffn.rows != model_width:
-                    setattr(module, key, len(plan.kept[ffn.name]))
-
-
-def _is_size(key: str, value: object) -> bool:
-    return (
-        isinstance(value, int | tuple) and not isinstance(value, bool) and not key.startswith("_")
-    )
+            for key in _SIZE_NAMES & vars(module).keys():
+                if getattr(module, key) == old:
+                    setattr(module, key, new)
+                    if key == "head_dim" and getattr(module, "scaling", None) == old**-0.5:
+                        module.__dict__["scaling"] = new**-0.5
 
 
 def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int]) -> None:
@@ -239,12 +265,25 @@ def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int
         target = model.config
         for part in path:
             target = getattr(target, part)
-        old = getattr(target, key)
+        old = getattr(target, key, None)
         for config in configs.values():
             if type(config) is type(target) and getattr(config, key, None) == old:
                 write_width(config, key, value)
     if overrides:
         setattr(model.config, WIDTHS_KEY, dict(overrides))
+
+
+def _rebuild_rotary(model: nn.Module) -> None:
+    """Compute rotary frequencies anew where the size of a head has changed."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or not isinstance(getattr(module, "inv_freq", None), Tensor):
+            continue
+        rebuilt = type(module)(config)
+        for name, buffer in rebuilt.named_buffers(recurse=False):
+            old = getattr(module, name)
+            if old.shape != buffer.shape:
+                setattr(module, name, buffer.to(old.device, old.dtype))
 
 
 def _warn_on_save(model: nn.Module) -> None:

@@ -78,6 +78,7 @@ class Ffn:
         contract: Matrix from d_ff back to d_model.
         vectors: One-dimensional parameters with an entry a row: biases, gains of an inner norm.
         norm: The norm whose output the FFN reads, where the layout tells.
+        scored: How many of the expand matrices PruneNet's scorer looks at, from the first.
         width: The config field that sets its width, None where the architecture fixes it.
         known: Whether a built-in layout found it; whatever else found it has to be proved.
     """
@@ -89,6 +90,7 @@ class Ffn:
     contract: Slot
     vectors: tuple[Slot, ...] = ()
     norm: nn.Module | None = None
+    scored: int = 1
     width: WidthField | None = None
     known: bool = True
 

@@ -125,7 +125,7 @@ def config_at(config: Any, path: tuple[str, ...]) -> Any:
 
 def write_width(config: Any, key: str, value: int) -> None:
     """Write a width into a config field, in every entry where the field holds one a layer."""
-    current = getattr(config, key)
+    current = getattr(config, key, None)
     setattr(config, key, [value] * len(current) if isinstance(current, list) else value)
     for switch, setting in _SWITCHES.items():
         if hasattr(config, switch):
