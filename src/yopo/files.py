@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from yopo.errors import PolicyFileError
@@ -35,12 +36,17 @@ def write_folder(
         PolicyFileError: If the folder cannot be written.
     """
     folder = Path(path)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=folder.parent))
         try:
-            save_file(contiguous, staging / f"{kind}.safetensors", metadata={"format": "pt"})
+            # Not `save_file`, whose files only their owner may read, whatever the umask says.
+            (staging / f"{kind}.safetensors").write_bytes(save(copies, {"format": "pt"}))
             document = {
                 "format": FORMAT,
                 "kind": f"yopo-{kind}",

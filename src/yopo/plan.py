@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from yopo.adapters import Ffn
-from yopo.errors import InvalidArgumentError
+from yopo.errors import InvalidArgumentError, PolicyFileError
 from yopo.files import read_folder, write_folder
 
 MultipleOf = int | Literal["auto"]
@@ -34,7 +34,8 @@ class PruningPlan:
         ratio: The share of rows that was asked for, in [0, 1).
 
     Raises:
-        InvalidArgumentError: If kept rows are missing, unsorted, repeated or out of range.
+        InvalidArgumentError: If kept rows are missing, unsorted, repeated or out of range, or
+            `ratio` is outside [0, 1).
 
     Example:
         >>> plan = PruningPlan(kept={"mlp": torch.tensor([0, 2])}, rows={"mlp": 4}, ratio=0.5)
@@ -48,11 +49,13 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         """Check what the attributes promise."""
+        check_ratio(self.ratio)
         if self.kept.keys() != self.rows.keys():
             raise InvalidArgumentError("`kept` and `rows` must name the same FFNs.")
+        if not self.kept:
+            raise InvalidArgumentError("`kept` must name at least one FFN.")
         for name, kept_K in self.kept.items():
-            in_order = kept_K.dtype == torch.int64 and bool((kept_K.diff() > 0).all())
-            if kept_K.dim() != 1 or len(kept_K) == 0 or not in_order:
+            if not _is_sorted_index(kept_K):
                 raise InvalidArgumentError(
                     f"`kept[{name!r}]` must hold at least one row, as sorted unique int64."
                 )
@@ -113,7 +116,12 @@ class PruningPlan:
             PolicyFileError: If the files are missing, damaged, foreign or of a newer format.
         """
         config, tensors = read_folder(path, "plan")
-        return cls(kept=tensors, rows=config["rows"], ratio=config["ratio"])
+        try:
+            rows = config["rows"]
+            kept = {name: tensors.pop(name) for name in rows} | tensors  # in the model's order
+            return cls(kept=kept, rows=rows, ratio=config["ratio"])
+        except (KeyError, TypeError, AttributeError, InvalidArgumentError) as error:
+            raise PolicyFileError(f"`{path}` holds a damaged plan: {error}.") from error
 
 
 def kept_width(rows: int, ratio: float, *, multiple_of: MultipleOf = 1) -> int:
@@ -121,36 +129,50 @@ def kept_width(rows: int, ratio: float, *, multiple_of: MultipleOf = 1) -> int:
 
     With `multiple_of=1` it is the published `int((1 - ratio) * rows)`. A number rounds to its
     nearest multiple. "auto" takes the largest of 256, 128, …, 2 whose nearest multiple moves the
-    ratio by less than a percentage point, because hardware and quantisers like such widths.
+    ratio by less than a percentage point, because hardware and quantisers like such widths; it
+    leaves a ratio of 0 alone.
 
     Raises:
         InvalidArgumentError: If `ratio` is outside [0, 1), nothing would be kept, or
             `multiple_of` is neither "auto" nor in [1, rows].
     """
     check_ratio(ratio)
-    target = int((1.0 - ratio) * rows)
+    _check_multiple(rows, multiple_of)
+    width = _width(rows, ratio, multiple_of)
+    if width < 1:
+        most = next(
+            percent / 100
+            for percent in range(99, -1, -1)
+            if _width(rows, percent / 100, multiple_of) >= 1
+        )
+        raise InvalidArgumentError(f"`ratio={ratio}` keeps 0 of {rows} rows; use at most {most:g}.")
+    return width
+
+
+def _check_multiple(rows: int, multiple_of: MultipleOf) -> None:
     if multiple_of == "auto":
-        for multiple in (256, 128, 64, 32, 16, 8, 4, 2):
-            width = multiple * round((1.0 - ratio) * rows / multiple)
-            if 0 < width <= rows and abs(width / rows - (1.0 - ratio)) < _ROUNDED_SHARE:
-                return width
-    elif isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        return
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise InvalidArgumentError(
             f'`multiple_of` must be "auto" or a positive integer, got {multiple_of!r}.'
         )
-    elif multiple_of > rows:
+    if multiple_of > rows:
         raise InvalidArgumentError(
             f"`multiple_of` must be at most the width {rows}, got {multiple_of}."
         )
+
+
+def _width(rows: int, ratio: float, multiple_of: MultipleOf) -> int:
+    """Return what a ratio leaves of `rows` rows, rounded; it may be 0."""
+    left = (1.0 - ratio) * rows
+    if multiple_of == "auto":
+        for multiple in (256, 128, 64, 32, 16, 8, 4, 2) if ratio > 0 else ():
+            width = multiple * round(left / multiple)
+            if 0 < width <= rows and abs(width - left) < _ROUNDED_SHARE * rows:
+                return width
     elif multiple_of > 1:
-        target = multiple_of * round((1.0 - ratio) * rows / multiple_of)
-        target = min(target, rows // multiple_of * multiple_of)
-    if target < 1:
-        most = math.floor(100 * (1.0 - 1.0 / rows)) / 100
-        raise InvalidArgumentError(
-            f"`ratio={ratio:g}` keeps 0 of {rows} rows; use at most {most:g}."
-        )
-    return target
+        return multiple_of * min(round(left / multiple_of), rows // multiple_of)
+    return int(left)
 
 
 def plan_widths(
@@ -214,6 +236,16 @@ def selected_layers(ffns: Sequence[Ffn], layers: Iterable[int | str] | None) -> 
             )
         chosen |= matches
     return {ffn.name: ffn.name in chosen for ffn in ffns}
+
+
+def _is_sorted_index(kept_K: object) -> bool:
+    return (
+        isinstance(kept_K, Tensor)
+        and kept_K.dtype == torch.int64
+        and kept_K.dim() == 1
+        and len(kept_K) > 0
+        and bool((kept_K.diff() > 0).all())
+    )
 
 
 def _selects(entry: int | str, name: str) -> bool:

@@ -1,0 +1,97 @@
+"""Small models from configs in memory, the same for every test that asks for the same."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+settings.register_profile("yopo", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("yopo")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+_DECODER = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GATED = _DECODER | {"intermediate_size": 80, "num_key_value_heads": 2, "pad_token_id": None}
+_EXPERTS = _GATED | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+_OPT = {"ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+_GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 2, "num_heads": 4}
+_GPT_OSS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+CONFIGS = {
+    "llama": ("LlamaForCausalLM", _GATED | {"num_key_value_heads": 4}),
+    "opt": ("OPTForCausalLM", _DECODER | _OPT),
+    "phi": ("PhiForCausalLM", _DECODER | {"intermediate_size": 96}),
+    "phi3": ("Phi3ForCausalLM", _GATED | {"eos_token_id": 2, "bos_token_id": 1}),
+    "gpt2": ("GPT2LMHeadModel", _GPT2 | {"bos_token_id": 1, "eos_token_id": 2}),
+    "t5": ("T5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        _EXPERTS | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
+    ),
+    "gpt_oss": ("GptOssForCausalLM", _GATED | _GPT_OSS | {"intermediate_size": 48}),
+}
+
+
+def build(kind, *, seed=0, dtype=torch.float32, **overrides):
+    """Build a tiny model in which every weight is random, biases and gains of norms included."""
+    name, sizes = CONFIGS[kind]
+    model_class = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(**sizes | overrides)).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                is_gain = parameter.dim() == 1 and key.endswith("weight")
+                parameter.copy_(torch.randn(parameter.shape) * 0.2 + is_gain)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Return the function that builds any model of the table: `tiny_model("gpt2", n_inner=48)`."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    return partial(build, "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_opt():
+    return partial(build, "opt")
+
+
+@pytest.fixture(scope="session")
+def tiny_phi():
+    return partial(build, "phi")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Return what the reference implementation printed: figures and tensors."""
+    return json.loads((GOLDEN / "prunenet.json").read_text()), load_file(
+        GOLDEN / "prunenet.safetensors"
+    )
+
+
+@pytest.fixture(scope="session")
+def logits():
+    """Return the function that gives a model's logits on a fixed text."""
+
+    def run(model, tokens=12):
+        ids = torch.arange(2 * tokens).view(2, tokens) * 7 % 60 + 3
+        inputs = {"input_ids": ids}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    return run
