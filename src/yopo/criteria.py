@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo.adapters import Ffn, check_weights, find_ffns
+from yopo.errors import InvalidArgumentError
 from yopo.plan import MultipleOf, PruningPlan, plan_widths
 from yopo.sampling import best_rows
 
@@ -33,7 +34,7 @@ def random_rows(seed: int = 0) -> Criterion:
     generator = torch.Generator().manual_seed(seed)
 
     def score(ffn: Ffn) -> Tensor:
-        return torch.rand(ffn.rows, generator=generator)
+        return torch.rand(ffn.rows, generator=generator, device="cpu")
 
     return score
 
@@ -45,7 +46,8 @@ def plan_by_criterion(
 
     Raises:
         UnsupportedModelError: If the model cannot be pruned.
-        InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing.
+        InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing, or `criterion` does
+            not return a score for each row.
 
     Example:
         >>> plan = yopo.plan_by_criterion(model, 0.3, criterion=yopo.criteria.row_norm)
@@ -54,7 +56,7 @@ def plan_by_criterion(
     ffns = find_ffns(model)
     check_weights(ffns)
     widths = plan_widths(ffns, ratio, multiple_of=multiple_of)
-    return plan_from_scores(ffns, ratio, widths, [criterion(ffn) for ffn in ffns])
+    return plan_from_scores(ffns, ratio, widths, [_scores(criterion, ffn) for ffn in ffns])
 
 
 def plan_from_scores(
@@ -66,3 +68,13 @@ def plan_from_scores(
         for ffn, scores_F in zip(ffns, scores, strict=True)
     }
     return PruningPlan(kept=kept, rows={ffn.name: ffn.rows for ffn in ffns}, ratio=ratio)
+
+
+def _scores(criterion: Criterion, ffn: Ffn) -> Tensor:
+    scores_F = criterion(ffn)
+    if not isinstance(scores_F, Tensor) or scores_F.shape != (ffn.rows,) or scores_F.isnan().any():
+        raise InvalidArgumentError(
+            f"`criterion` must return one score, no NaN, for each of the {ffn.rows} rows of "
+            f"`{ffn.name}`, got {scores_F!r}."
+        )
+    return scores_F

@@ -22,6 +22,8 @@ FEATURES = (
 """Names of the features, in the order of their columns."""
 
 _TINY = 1e-12
+_SAME = 1e-3
+"""Values that spread by less than this are one value and its rounding."""
 
 
 def row_features(ffn: Ffn) -> Tensor:
@@ -31,15 +33,15 @@ def row_features(ffn: Ffn) -> Tensor:
     matrices are taken with the gain of the preceding norm folded in, because that is what they
     multiply normalised inputs with. Leverage is wᵀ(WᵀW)⁻¹w, the share of a row in spanning the
     row space; the spectral weight wᵀ(WᵀW)w / wᵀw tells how far a row lies along the strong
-    directions. A feature that an FFN does not have is 0 for all its rows.
+    directions. A feature that an FFN does not have, or that is the same for all its rows, such as
+    the leverage where rows are fewer than columns, is 0.
     """
-    gate_FD, *others = [weight.float() for weight in ffn.expand_weights()]
-    contract_FD = ffn.contract_weight().float()
-    gain_D, _ = norm_gain_and_bias(ffn, gate_FD.shape[1])
-    gain_D = gain_D.to(gate_FD.device)
-    folded_FD = gate_FD * gain_D
+    gate_FD, *others = [_scaled(weight) for weight in ffn.expand_weights()]
+    contract_FD = _scaled(ffn.contract_weight())
+    gain_D = _scaled(norm_gain_and_bias(ffn, gate_FD.shape[1])[0].to(gate_FD.device))
+    folded_FD = _scaled(gate_FD * gain_D)
     log_gate_F, log_contract_F = _log_norm(folded_FD), _log_norm(contract_FD)
-    log_up_F = _log_norm(others[0] * gain_D) if others else torch.zeros_like(log_gate_F)
+    log_up_F = _log_norm(_scaled(others[0] * gain_D)) if others else torch.zeros_like(log_gate_F)
     columns = [
         log_gate_F,
         log_up_F,
@@ -49,9 +51,15 @@ def row_features(ffn: Ffn) -> Tensor:
         _log_leverage(folded_FD),
         _log_leverage(contract_FD),
         _log_spectral_weight(gate_FD),
-        _bias(ffn, log_gate_F),
+        _scaled(_bias(ffn, log_gate_F)),
     ]
     return _standardised(torch.stack(columns, dim=1))
+
+
+def _scaled(weight: Tensor) -> Tensor:
+    """Return float32 values in [-1, 1]: their squares stay in range, and no feature minds."""
+    weight = weight.float()
+    return weight / weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _log_norm(weight_FD: Tensor) -> Tensor:
@@ -60,9 +68,12 @@ def _log_norm(weight_FD: Tensor) -> Tensor:
 
 
 def _log_leverage(weight_FD: Tensor) -> Tensor:
-    """Return log leverage scores `(F,)`, with a ridge that makes rank-deficient matrices safe."""
+    """Return log leverage scores `(F,)`, with a ridge that makes rank-deficient matrices safe.
+
+    The ridge has to exceed the rounding of the product, which grows with the largest eigenvalue.
+    """
     gram_DD = (weight_FD.T @ weight_FD).double()
-    ridge = 1e-6 * gram_DD.diagonal().mean().clamp_min(_TINY)
+    ridge = 1e-6 * gram_DD.norm().clamp_min(_TINY)
     gram_DD.diagonal().add_(ridge)
     factor_DD = torch.linalg.cholesky(gram_DD)
     whitened_DF = torch.linalg.solve_triangular(
@@ -91,4 +102,4 @@ def _standardised(features_FP: Tensor) -> Tensor:
     """Return columns of mean 0 and standard deviation 1; constant columns become 0."""
     centred_FP = features_FP - features_FP.mean(dim=0)
     deviation_P = centred_FP.square().mean(dim=0).sqrt()
-    return torch.where(deviation_P > 1e-6, centred_FP / deviation_P.clamp_min(1e-6), 0.0)
+    return torch.where(deviation_P > _SAME, centred_FP / deviation_P.clamp_min(_SAME), 0.0)

@@ -127,7 +127,9 @@ def norm_gain_and_bias(ffn: Ffn, width: int) -> tuple[Tensor, Tensor]:
     its gain as `w` or as `1 + w`: a vector of mean 0 and root mean square 1 comes out of any norm
     as gain · x + bias. Ones and zeros where no norm is known.
     """
-    gain_D, bias_D = torch.ones(width), torch.zeros(width)
+    device = ffn.contract.parameter.device
+    gain_D = torch.ones(width, device=device, dtype=torch.float32)
+    bias_D = torch.zeros_like(gain_D)
     norm = ffn.norm
     if norm is None or any(parameter.is_meta for parameter in norm.parameters()):
         return gain_D, bias_D
