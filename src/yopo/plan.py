@@ -137,7 +137,11 @@ def kept_width(rows: int, ratio: float, *, multiple_of: MultipleOf = 1) -> int:
             `multiple_of` is neither "auto" nor in [1, rows].
     """
     check_ratio(ratio)
-    _check_multiple(rows, multiple_of)
+    check_multiple_of(multiple_of)
+    if multiple_of != "auto" and multiple_of > rows:
+        raise InvalidArgumentError(
+            f"`multiple_of` must be at most the width {rows}, got {multiple_of}."
+        )
     width = _width(rows, ratio, multiple_of)
     if width < 1:
         most = next(
@@ -147,19 +151,6 @@ def kept_width(rows: int, ratio: float, *, multiple_of: MultipleOf = 1) -> int:
         )
         raise InvalidArgumentError(f"`ratio={ratio}` keeps 0 of {rows} rows; use at most {most:g}.")
     return width
-
-
-def _check_multiple(rows: int, multiple_of: MultipleOf) -> None:
-    if multiple_of == "auto":
-        return
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise InvalidArgumentError(
-            f'`multiple_of` must be "auto" or a positive integer, got {multiple_of!r}.'
-        )
-    if multiple_of > rows:
-        raise InvalidArgumentError(
-            f"`multiple_of` must be at most the width {rows}, got {multiple_of}."
-        )
 
 
 def _width(rows: int, ratio: float, multiple_of: MultipleOf) -> int:
@@ -209,6 +200,19 @@ def check_ratio(ratio: float) -> None:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio < 1.0:
         raise InvalidArgumentError(f"`ratio` must be in [0, 1), got {ratio!r}.")
+
+
+def check_multiple_of(multiple_of: MultipleOf) -> None:
+    """Check that `multiple_of` is "auto" or a positive integer.
+
+    Raises:
+        InvalidArgumentError: If it is not.
+    """
+    is_integer = isinstance(multiple_of, int) and not isinstance(multiple_of, bool)
+    if multiple_of != "auto" and not (is_integer and multiple_of >= 1):
+        raise InvalidArgumentError(
+            f'`multiple_of` must be "auto" or a positive integer, got {multiple_of!r}.'
+        )
 
 
 def selected_layers(ffns: Sequence[Ffn], layers: Iterable[int | str] | None) -> dict[str, bool]:

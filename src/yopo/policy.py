@@ -15,7 +15,7 @@ from yopo.adapters import Ffn
 from yopo.errors import InvalidArgumentError, PolicyFileError, PolicyMismatchError
 from yopo.features import FEATURES, row_features
 from yopo.files import read_folder, write_folder
-from yopo.plan import MultipleOf, check_ratio
+from yopo.plan import MultipleOf, check_multiple_of, check_ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +39,28 @@ class Recipe:
         Raises:
             InvalidArgumentError: If one is outside its range.
         """
+        if self.method not in ("features", "prunenet"):
+            raise InvalidArgumentError(
+                f'`method` must be "features" or "prunenet", got {self.method!r}.'
+            )
         check_ratio(self.ratio)
+        check_multiple_of(self.multiple_of)
         _check_integer("episodes", self.episodes, 1)
         _check_integer("samples", self.samples, 1 if self.method == "prunenet" else 2)
         _check_integer("seed", self.seed, 0)
-        if self.multiple_of != "auto":
-            _check_integer("multiple_of", self.multiple_of, 1)
+        if self.seed >= 2**63:
+            raise InvalidArgumentError(f"`seed` must be below 2**63, got {self.seed}.")
         if not _is_number(self.learning_rate) or not 0 < self.learning_rate < float("inf"):
             raise InvalidArgumentError(
                 f"`learning_rate` must be positive and finite, got {self.learning_rate!r}."
             )
         if not _is_number(self.discount) or not 0 < self.discount <= 1:
             raise InvalidArgumentError(f"`discount` must be in (0, 1], got {self.discount!r}.")
+        for name in ("kl", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(
+                    f"`{name}` must be True or False, got {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +117,7 @@ class Policy:
         except (KeyError, TypeError, InvalidArgumentError) as error:
             raise PolicyFileError(f"`{path}` holds a damaged policy: {error}.") from error
         _check_tensors(path, recipe, config, tensors)
-        return cls(recipe, tensors)
+        return cls(recipe, {name: tensor.float() for name, tensor in tensors.items()})
 
     def _card(self) -> str:
         rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(self.recipe).items())
@@ -124,17 +134,22 @@ class Policy:
 def _check_tensors(
     path: str | Path, recipe: Recipe, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    wanted = {"weights_P"} if recipe.method == "features" else {"vector_D", "constant"}
-    if tensors.keys() != wanted or not all(
-        tensor.is_floating_point() and torch.isfinite(tensor).all() for tensor in tensors.values()
-    ):
-        raise PolicyFileError(
-            f"`{path}` holds a damaged policy: it needs finite {', '.join(sorted(wanted))}."
-        )
     if recipe.method == "features" and config.get("features") != list(FEATURES):
         raise PolicyFileError(
             f"the policy in `{path}` looks at other features than this version of yopo computes. "
             "Fit it again."
+        )
+    width = tensors["vector_D"].numel() if "vector_D" in tensors else 0
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "features": {"weights_P": (len(FEATURES),)},
+        "prunenet": {"vector_D": (width,), "constant": ()},
+    }
+    wanted = shapes[recipe.method]
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted or not all(
+        tensor.is_floating_point() and torch.isfinite(tensor).all() for tensor in tensors.values()
+    ):
+        raise PolicyFileError(
+            f"`{path}` holds a damaged policy: it needs finite {', '.join(sorted(wanted))}."
         )
 
 
