@@ -8,6 +8,8 @@ one scalar, whatever N is. Training moves A, b and s, whose AdamW steps v and c 
 repeat; scoring, and the saved policy, need only v and c.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
@@ -28,7 +30,9 @@ class PruneNetScorer(nn.Module):
         bound = columns**-0.5
 
         def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, device=generator.device)
+            return torch.rand(
+                shape, generator=generator, device=generator.device, dtype=torch.float32
+            )
 
         self.weight_ND = nn.Parameter((2 * uniform(hidden, columns) - 1) * bound)
         self.bias_N = nn.Parameter((2 * uniform(hidden) - 1) * bound)
@@ -75,5 +79,4 @@ def kl_to_fair_coin(log_odds_F: Tensor) -> Tensor:
     """
     keep_F = torch.sigmoid(log_odds_F)
     log_keep_F, log_drop_F = logsigmoid(log_odds_F), logsigmoid(-log_odds_F)
-    half = torch.tensor(0.5).log()
-    return (-(1 - keep_F) * log_keep_F - keep_F * log_drop_F + half).sum()
+    return (-(1 - keep_F) * log_keep_F - keep_F * log_drop_F + math.log(0.5)).sum()

@@ -52,7 +52,7 @@ def check_weights(ffns: Iterable[Ffn]) -> None:
                     f"the weights of `{ffn.name}` are on the meta device. Load the model with its "
                     "weights; a `PruningPlan` can be applied without them."
                 )
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(parameter.detach()).all():
                 raise UnsupportedModelError(
                     f"`{ffn.name}` has weights that are NaN or infinite. Mend the checkpoint, or "
                     "load it in a wider `dtype`."
