@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from yopo.adapters.checks import check_model, check_weights
+from yopo.adapters.checks import check_model, check_parameters, check_weights
 from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
 from yopo.adapters.layouts import LAYOUTS, Layout, ffns_of_module, norm_before
 from yopo.adapters.skeleton import Probe, build_skeleton, probe_widths, shapes_of
@@ -74,6 +74,7 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
     """
     check_model(model)
     found = _distinct(_found_by_layout(model))
+    check_parameters(found)
     rows = {ffn.rows for ffn in found}
     ffns = found
     for by_name in (True, False):

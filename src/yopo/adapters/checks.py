@@ -8,6 +8,7 @@ from torch import nn
 from yopo.adapters.ffn import Ffn
 from yopo.errors import UnsupportedModelError
 
+_NO_MODEL = "yopo prunes models of transformers, got a {}. Pass the `PreTrainedModel` itself."
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,8 +60,27 @@ def check_weights(ffns: Iterable[Ffn]) -> None:
                 )
 
 
+def check_parameters(ffns: Iterable[Ffn]) -> None:
+    """Check that the FFNs are made of parameters, not of tensors computed from others.
+
+    Raises:
+        UnsupportedModelError: If a matrix is masked or parametrised.
+    """
+    for ffn in ffns:
+        for slot in ffn.slots:
+            if not isinstance(slot.parameter, nn.Parameter):
+                raise UnsupportedModelError(
+                    f"`{slot.name}` of a matrix of `{ffn.name}` is no parameter: a mask or a "
+                    "parametrisation computes it. Make it permanent first, with "
+                    "`torch.nn.utils.prune.remove` or "
+                    "`torch.nn.utils.parametrize.remove_parametrizations`."
+                )
+
+
 def _check_wrapper(model: nn.Module) -> None:
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(_NO_MODEL.format(kind))
     if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
         raise UnsupportedModelError(
             f"the model is wrapped in {kind}. Prune `model.module` before wrapping it."
@@ -76,11 +96,9 @@ def _check_wrapper(model: nn.Module) -> None:
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedModelError("the model is sharded by FSDP. Prune it before wrapping it.")
-    if not hasattr(getattr(model, "config", None), "to_dict"):
-        raise UnsupportedModelError(
-            f"yopo prunes models of transformers, got a {kind} without a config. Pass the "
-            "`PreTrainedModel` itself."
-        )
+    is_pretrained = hasattr(model, "save_pretrained")
+    if not is_pretrained or not hasattr(getattr(model, "config", None), "to_dict"):
+        raise UnsupportedModelError(_NO_MODEL.format(kind))
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
@@ -90,10 +108,19 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             f"`{name}` is a DTensor, spread over processes by FSDP or tensor parallelism. Prune "
             "the model before spreading it."
         )
+    if hasattr(parameter, "ds_id"):
+        raise UnsupportedModelError(
+            f"`{name}` is partitioned by DeepSpeed. Prune the model before DeepSpeed gets it."
+        )
     if kind not in ("Tensor", "Parameter", "FakeTensor") or not parameter.is_floating_point():
         raise UnsupportedModelError(
             f"`{name}` is a {kind} of {parameter.dtype}: the model is quantised, and packed "
             "weights have no rows to remove. Prune the unquantised model, then quantise it."
+        )
+    if parameter.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"`{name}` is sparse ({parameter.layout}). Prune the dense model: make such weights "
+            "dense with `to_dense()`."
         )
     if parameter.dtype not in _FLOATS:
         raise UnsupportedModelError(

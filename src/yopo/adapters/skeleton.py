@@ -91,6 +91,7 @@ def probe_widths(model: nn.Module, candidate_rows: set[int], *, by_name: bool) -
         base = shapes_of(build_skeleton(model, {}))
     except Exception:  # a class that cannot be built from its config alone has no field to offer
         return []
+    present = {name for name, _ in model.named_parameters()}  # users drop and share layers
     probes = []
     for path, config in nested_configs(model.config):
         for key, value in _candidates(config, candidate_rows, by_name):
@@ -98,7 +99,8 @@ def probe_widths(model: nn.Module, candidate_rows: set[int], *, by_name: bool) -
             if value is not None and any(hasattr(config, switch) for switch in _SWITCHES):
                 doubled += [2 * rows for rows in candidate_rows]
             for target in doubled:
-                axes = _doubled_axes(model, base, path, key, target)
+                grown = _doubled_axes(model, base, path, key, target)
+                axes = {name: axis for name, axis in grown.items() if name in present}
                 if axes:
                     derived = value is None or target != 2 * value
                     probes.append(Probe(path, key, None if derived else value, axes))
