@@ -172,7 +172,8 @@ def plan_widths(
     """Return how many rows each FFN keeps, by name.
 
     FFNs whose widths one config field sets shrink together: the narrowest is rounded, the others
-    keep their proportion to it.
+    keep their proportion to it. Experts that share a tensor keep widths that grouped matrix
+    products accept, whatever `multiple_of` says.
 
     Raises:
         InvalidArgumentError: As `kept_width`.
@@ -186,7 +187,7 @@ def plan_widths(
         width = kept_width(narrowest.rows, ratio, multiple_of=multiple_of)
         unit = math.lcm(*(_unit(ffn, narrowest) for ffn in group))
         if width < narrowest.rows:
-            width = max(width // unit, 1) * unit
+            width = unit * max(1, min(round(width / unit), narrowest.rows // unit))
         for ffn in group:
             widths[ffn.name] = width * ffn.rows // narrowest.rows
     return widths
@@ -260,8 +261,16 @@ def _selects(entry: int | str, name: str) -> bool:
 
 
 def _unit(ffn: Ffn, narrowest: Ffn) -> int:
-    """Return the step in rows of the narrowest FFN at which this one has a whole width too."""
-    rows_step = narrowest.rows // math.gcd(ffn.rows, narrowest.rows)
-    if ffn.width is None or narrowest.width is None:
-        return rows_step
-    return math.lcm(rows_step, narrowest.width.per_row.denominator)
+    """Return the step in rows of the narrowest FFN at which this one has a usable width too."""
+    unit = narrowest.rows // math.gcd(ffn.rows, narrowest.rows)
+    if ffn.width is not None and narrowest.width is not None:
+        unit = math.lcm(unit, narrowest.width.per_row.denominator)
+    multiple = _expert_multiple(ffn)
+    return unit * multiple // math.gcd(multiple, unit * ffn.rows // narrowest.rows)
+
+
+def _expert_multiple(ffn: Ffn) -> int:
+    """Return what the width must be a multiple of: grouped products need strides of 16 bytes."""
+    sizes = [slot.parameter.element_size() for slot in ffn.slots if slot.expert is not None]
+    multiple = 16 // min(sizes, default=16)
+    return multiple if ffn.rows % multiple == 0 else 1
