@@ -18,6 +18,7 @@ FEATURES = (
     "log_leverage_contract",
     "log_spectral_weight",
     "bias",
+    "elimination",
 )
 """Names of the features, in the order of their columns."""
 
@@ -26,7 +27,7 @@ _SAME = 1e-3
 """Values that spread by less than this are one value and its rounding."""
 
 
-def row_features(ffn: Ffn) -> Tensor:
+def row_features(ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
     """Return the features `(F, P)` of the rows of an FFN, float32, each standardised over the rows.
 
     "gate" is the first expand matrix (fc1 where there is only one) and "up" the second; expand
@@ -35,6 +36,11 @@ def row_features(ffn: Ffn) -> Tensor:
     row space; the spectral weight wᵀ(WᵀW)w / wᵀw tells how far a row lies along the strong
     directions. A feature that an FFN does not have, or that is the same for all its rows, such as
     the leverage where rows are fewer than columns, is 0.
+
+    Args:
+        ffn: The FFN.
+        order_F: Its rows in the order in which greedy elimination drops them, whose positions are
+            the last feature. It is the only one that looks at more than weights.
     """
     gate_FD, *others = [_scaled(weight) for weight in ffn.expand_weights()]
     contract_FD = _scaled(ffn.contract_weight())
@@ -52,6 +58,7 @@ def row_features(ffn: Ffn) -> Tensor:
         _log_leverage(contract_FD),
         _log_spectral_weight(gate_FD),
         _scaled(_bias(ffn, log_gate_F)),
+        torch.zeros_like(log_gate_F) if order_F is None else order_F.argsort().float(),
     ]
     return _standardised(torch.stack(columns, dim=1))
 

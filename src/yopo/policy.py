@@ -17,6 +17,9 @@ from yopo.features import FEATURES, row_features
 from yopo.files import read_folder, write_folder
 from yopo.plan import MultipleOf, check_multiple_of, check_ratio
 
+_START = 8.0
+"""Weight of the closed form at the start: large enough that draws differ from it in few rows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -30,6 +33,9 @@ class Recipe:
     samples: int
     seed: int
     multiple_of: MultipleOf
+    reward: Literal["output", "spectral"] = "spectral"
+    evidence: str = "auto"
+    restore: bool = False
     kl: bool = False
     attention: bool = False
 
@@ -45,7 +51,15 @@ class Recipe:
             )
         check_ratio(self.ratio)
         check_multiple_of(self.multiple_of)
-        _check_integer("episodes", self.episodes, 1)
+        if self.reward not in ("output", "spectral"):
+            raise InvalidArgumentError(
+                f'`reward` must be "output" or "spectral", got {self.reward!r}.'
+            )
+        if self.evidence not in ("auto", "self", "weights", "tokens"):
+            raise InvalidArgumentError(
+                f'`evidence` must be "auto", "self", "weights" or token ids, got {self.evidence!r}.'
+            )
+        _check_integer("episodes", self.episodes, 0 if self.reward == "output" else 1)
         _check_integer("samples", self.samples, 1 if self.method == "prunenet" else 2)
         _check_integer("seed", self.seed, 0)
         if self.seed >= 2**63:
@@ -56,7 +70,7 @@ class Recipe:
             )
         if not _is_number(self.discount) or not 0 < self.discount <= 1:
             raise InvalidArgumentError(f"`discount` must be in (0, 1], got {self.discount!r}.")
-        for name in ("kl", "attention"):
+        for name in ("restore", "kl", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(
                     f"`{name}` must be True or False, got {getattr(self, name)!r}."
@@ -75,14 +89,35 @@ class Policy:
     recipe: Recipe
     tensors: Mapping[str, Tensor]
 
-    def log_odds(self, ffn: Ffn) -> Tensor:
+    @classmethod
+    def at_start(cls, recipe: Recipe) -> Self:
+        """Return the policy from which learning sets out.
+
+        With the output reward it follows greedy elimination, in closed form; with the spectral
+        reward all rows are alike to it.
+        """
+        weights_P = torch.zeros(len(FEATURES))
+        if recipe.reward == "output":
+            weights_P[FEATURES.index("elimination")] = _START
+        return cls(recipe, {"weights_P": weights_P})
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Tell whether scores depend on the hidden units, not on the weights alone."""
+        return self.recipe.method == "features" and self.recipe.reward == "output"
+
+    def log_odds(self, ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
         """Return the log-odds `(F,)` of keeping each row of `ffn`, on the device of its weights.
+
+        Args:
+            ffn: The FFN.
+            order_F: Its elimination order, for a policy that needs evidence.
 
         Raises:
             PolicyMismatchError: If the policy scores rows of another width.
         """
         if self.recipe.method == "features":
-            features_FP = row_features(ffn)
+            features_FP = row_features(ffn, order_F)
             return features_FP @ self.tensors["weights_P"].to(features_FP.device)
         gate_FD = torch.stack(ffn.expand_weights()[: ffn.scored]).float().mean(dim=0)
         vector_D = self.tensors["vector_D"].to(gate_FD.device)

@@ -1,22 +1,21 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn, check_weights, find_ffns
 from yopo.adapters.attention import find_attention_units
-from yopo.errors import NotFittedError, PolicyMismatchError
+from yopo.decision import Decision, decide, write_restored
+from yopo.errors import InvalidArgumentError, NotFittedError, PolicyMismatchError
+from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
 from yopo.reinforce import Episode, learn, learn_as_published
-from yopo.sampling import best_rows, draw_rows
-from yopo.scorer import noisy_log_odds
 from yopo.surgery import apply_plan
 
 logger = logging.getLogger(__name__)
@@ -25,28 +24,40 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class PolicyPruner:
-    """Learn which FFN rows of a model to keep, from its weights alone, and remove the others.
+    """Decide which FFN rows of a model stay, without any data, and remove the others.
+
+    By default the model writes itself some text, rows are eliminated greedily by how much the
+    FFN's output on it would change, and the contract matrices are re-solved for the rows that
+    stay. Episodes of policy gradient on top of that are possible (`episodes=20`); measured, they
+    do not improve it, so the default does not pay for them.
 
     Args:
         ratio: Share of the rows that training removes, in [0, 1). The trained policy prunes at any
             ratio.
-        episodes: How often the policy draws rows and learns from what they earn, at least 1.
+        episodes: How often the policy draws rows and learns from what they earn: at least 0 with
+            the output reward, at least 1 with the spectral one. By default 0 and 20.
         learning_rate: AdamW's step size, positive.
         discount: γ in (0, 1]: layer i counts γ^i times as much as the first.
         samples: Draws a layer and episode, at least 2; the others' mean is a draw's baseline.
+        reward: "output" for the error of the FFN's output after restoring; "spectral" for the
+            paper's distance between singular values.
+        evidence: What is known of the hidden units: "self" for text that the model writes itself,
+            "weights" for Gaussian inputs, without running the model, "auto" for the first where
+            the model can write. Token ids `(N, W)` work too, and are calibration on data.
+        restore: Whether to re-solve the contract matrices on the evidence.
         multiple_of: Widths are rounded to a multiple of this; "auto" takes the largest of 256 …
             2 that moves the ratio by less than a percentage point, 1 none.
-        seed: Seed of all randomness, at least 0. The global generators are never touched.
+        seed: Seed of all randomness, at least 0. The global generators are left as they were.
 
     Attributes:
         history: One `Episode` after another, with loss, reward, Kolmogorov-Smirnov distance and
-            gradient norm of each layer.
+            gradient norm of each layer; empty where nothing was learned.
 
     Raises:
         InvalidArgumentError: If an argument is outside its range.
 
     Example:
-        >>> pruner = yopo.PolicyPruner(ratio=0.3, episodes=5).fit(model)
+        >>> pruner = yopo.PolicyPruner(ratio=0.3).fit(model)
         >>> smaller = pruner.prune(model, ratio=0.3)
     """
 
@@ -54,21 +65,28 @@ class PolicyPruner:
         self,
         *,
         ratio: float = 0.3,
-        episodes: int = 20,
+        episodes: int | None = None,
         learning_rate: float = 0.3,
         discount: float = 0.99,
         samples: int = 8,
+        reward: Literal["output", "spectral"] = "output",
+        evidence: str | Tensor = "auto",
+        restore: bool = True,
         multiple_of: MultipleOf = "auto",
         seed: int = 0,
     ) -> None:
         """Check and keep the hyperparameters; nothing is computed before `fit`."""
+        self._evidence = Evidence(evidence, seed=seed)
         self._recipe = Recipe(
             method="features",
             ratio=ratio,
-            episodes=episodes,
+            episodes=(20 if reward == "spectral" else 0) if episodes is None else episodes,
             learning_rate=learning_rate,
             discount=discount,
             samples=samples,
+            reward=reward,
+            evidence="tokens" if isinstance(evidence, Tensor) else evidence,
+            restore=restore,
             multiple_of=multiple_of,
             seed=seed,
         )
@@ -90,11 +108,12 @@ class PolicyPruner:
         """Return a pruner that does what PruneNet published, quirks included, for comparison.
 
         Its scorer is a linear probe of the rows of the gate matrix (fc1), its rows are drawn at
-        random both in training and at prune time, and widths are exactly `int((1 - ratio) * n)`.
+        random both in training and at prune time, widths are exactly `int((1 - ratio) * n)`, and
+        nothing is restored.
 
         Args:
             ratio: As for `PolicyPruner`.
-            episodes: As for `PolicyPruner`.
+            episodes: As for `PolicyPruner`, at least 1.
             learning_rate: As for `PolicyPruner`.
             discount: As for `PolicyPruner`.
             kl: Whether to add the published pull towards keep probabilities of ½.
@@ -105,8 +124,7 @@ class PolicyPruner:
         Raises:
             InvalidArgumentError: If an argument is outside its range.
         """
-        pruner = cls(seed=seed)
-        pruner._recipe = Recipe(
+        recipe = Recipe(
             method="prunenet",
             ratio=ratio,
             episodes=episodes,
@@ -123,22 +141,33 @@ class PolicyPruner:
                 "Cutting the attention harms a model far more than it saves; the authors of "
                 "PruneNet advise against it."
             )
-        return pruner
+        return cls._with_recipe(recipe)
 
     @classmethod
-    def from_policy(cls, path: str | Path) -> Self:
+    def from_policy(cls, path: str | Path, *, evidence: str | Tensor | None = None) -> Self:
         """Return a pruner with the policy that `save_policy` wrote into the folder `path`.
+
+        Args:
+            path: The folder.
+            evidence: As for `PolicyPruner`; by default what the policy was trained with.
 
         Raises:
             PolicyFileError: If the files are missing, damaged, foreign or of a newer format.
+            InvalidArgumentError: If the policy was trained on tokens of the caller, which it does
+                not hold, and none are given.
         """
         policy = Policy.load(path)
-        pruner = cls(seed=policy.recipe.seed)
-        pruner._recipe, pruner._policy = policy.recipe, policy
+        if evidence is None and policy.recipe.evidence == "tokens":
+            raise InvalidArgumentError(
+                f"the policy in `{path}` was fitted on your tokens, which it does not hold: pass "
+                "them as `evidence`, or a way to do without, such as `evidence='self'`."
+            )
+        pruner = cls._with_recipe(policy.recipe, evidence)
+        pruner._policy = policy
         return pruner
 
     def fit(self, model: nn.Module) -> Self:
-        """Train the policy on the weights of `model`, which is neither changed nor copied.
+        """Train the policy on `model`, which is neither changed nor copied.
 
         Ctrl-C ends training early: the best policy so far is kept, and a warning says so.
 
@@ -149,8 +178,8 @@ class PolicyPruner:
             This pruner.
 
         Raises:
-            UnsupportedModelError: If the model cannot be pruned, or has weights that are missing,
-                NaN or infinite.
+            UnsupportedModelError: If the model cannot be pruned, has weights that are missing, NaN
+                or infinite, or cannot serve as the evidence asked for.
             InvalidArgumentError: If the ratio keeps no row.
             PolicyMismatchError: If the method needs rows of one width and the model has several.
         """
@@ -160,10 +189,14 @@ class PolicyPruner:
         if recipe.method == "prunenet":
             _check_one_width(ffns)
         widths = plan_widths(ffns, recipe.ratio, multiple_of=recipe.multiple_of)
-        train = learn_as_published if recipe.method == "prunenet" else learn
         self.history = []
+        if recipe.episodes == 0:
+            self._policy = Policy.at_start(recipe)
+            return self
         try:
-            for episode, policy in _with_progress(train(ffns, recipe, widths), recipe.episodes):
+            for episode, policy in _with_progress(
+                self._train(model, ffns, widths), recipe.episodes
+            ):
                 self.history.append(episode)
                 self._policy = policy
         except KeyboardInterrupt:
@@ -197,13 +230,13 @@ class PolicyPruner:
         Raises:
             NotFittedError: If there is no policy yet.
             PolicyMismatchError: If the policy scores rows of another width.
-            UnsupportedModelError: If the model cannot be pruned, or has weights that are missing,
-                NaN or infinite.
+            UnsupportedModelError: If the model cannot be pruned, has weights that are missing, NaN
+                or infinite, or cannot serve as the evidence asked for.
             InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing, or `layers`
                 selects nothing.
         """
-        self._require_policy()
-        return self._plan(self._find(model), ratio, layers, sample)
+        ffns = self._find(model)
+        return self._decide(model, ffns, ratio, layers, sample, restore=False).plan
 
     def prune(
         self,
@@ -213,7 +246,7 @@ class PolicyPruner:
         layers: Iterable[int | str] | None = None,
         sample: bool | None = None,
     ) -> Model:
-        """Remove rows from `model` in place, and return it.
+        """Remove rows from `model` in place, restore what is left, and return it.
 
         The config follows, so `save_pretrained` writes an ordinary checkpoint. Should the cut
         fail, it does so before the first tensor changes.
@@ -230,9 +263,10 @@ class PolicyPruner:
             UnsupportedModelError: As `plan`, or if the result could not be loaded again.
             InvalidArgumentError: As `plan`.
         """
-        self._require_policy()
         ffns = self._find(model)
-        apply_plan(model, self._plan(ffns, ratio, layers, sample), ffns=ffns)
+        decision = self._decide(model, ffns, ratio, layers, sample, restore=self._recipe.restore)
+        apply_plan(model, decision.plan, ffns=ffns)
+        write_restored(ffns, decision.restored)
         return model
 
     def save_policy(self, path: str | Path) -> None:
@@ -244,10 +278,11 @@ class PolicyPruner:
         """
         self._require_policy().save(path)
 
-    def _find(self, model: nn.Module) -> list[Ffn]:
-        """Return what the recipe cuts: the FFNs, and the heads in the attention variant."""
-        ffns = find_ffns(model)
-        return ffns + find_attention_units(model) if self._recipe.attention else ffns
+    @classmethod
+    def _with_recipe(cls, recipe: Recipe, evidence: str | Tensor | None = None) -> Self:
+        pruner = cls(seed=recipe.seed, evidence=recipe.evidence if evidence is None else evidence)
+        pruner._recipe = recipe
+        return pruner
 
     def _require_policy(self) -> Policy:
         if self._policy is None:
@@ -257,38 +292,48 @@ class PolicyPruner:
             )
         return self._policy
 
-    def _plan(
+    def _find(self, model: nn.Module) -> list[Ffn]:
+        """Return what the recipe cuts: the FFNs, and the heads in the attention variant."""
+        self._require_policy()
+        ffns = find_ffns(model)
+        check_weights(ffns)
+        return ffns + find_attention_units(model) if self._recipe.attention else ffns
+
+    def _train(
+        self, model: nn.Module, ffns: Sequence[Ffn], widths: dict[str, int]
+    ) -> Iterator[tuple[Episode, Policy]]:
+        if self._recipe.method == "prunenet":
+            return learn_as_published(ffns, self._recipe, widths)
+        if self._recipe.reward == "spectral":
+            return learn(ffns, self._recipe, widths)
+        moments = {ffn.name: found for ffn, found in self._evidence.moments(model, ffns)}
+        return learn(ffns, self._recipe, widths, moments)
+
+    def _decide(
         self,
+        model: nn.Module,
         ffns: Sequence[Ffn],
         ratio: float | None,
         layers: Iterable[int | str] | None,
         sample: bool | None,
-    ) -> PruningPlan:
-        policy = self._require_policy()
-        ratio = self._recipe.ratio if ratio is None else ratio
-        widths = plan_widths(ffns, ratio, multiple_of=self._recipe.multiple_of)
+        *,
+        restore: bool,
+    ) -> Decision:
+        recipe = self._recipe
+        ratio = recipe.ratio if ratio is None else ratio
+        widths = plan_widths(ffns, ratio, multiple_of=recipe.multiple_of)
         selected = selected_layers(ffns, layers)
-        check_weights(ffns)
-        if sample is None:
-            sample = self._recipe.method == "prunenet"
-        generator = torch.Generator().manual_seed(self._recipe.seed)
-        kept = {}
-        for ffn in ffns:
-            if not selected[ffn.name]:
-                kept[ffn.name] = torch.arange(ffn.rows)
-                continue
-            with torch.no_grad():
-                log_odds_F = policy.log_odds(ffn)
-            kept[ffn.name] = self._rows(log_odds_F, widths[ffn.name], generator if sample else None)
-        return PruningPlan(kept=kept, rows={ffn.name: ffn.rows for ffn in ffns}, ratio=ratio)
-
-    def _rows(self, log_odds_F: Tensor, keep: int, generator: torch.Generator | None) -> Tensor:
-        """Return the kept rows: drawn where there is a generator, else the preferred ones."""
-        if generator is None:
-            return best_rows(log_odds_F, keep=keep).cpu()
-        if self._recipe.method == "prunenet":
-            log_odds_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
-        return draw_rows(log_odds_F, keep=keep, draws=1, generator=generator)[0].sort().values.cpu()
+        sample = recipe.method == "prunenet" if sample is None else sample
+        return decide(
+            model,
+            ffns,
+            policy=self._require_policy(),
+            evidence=self._evidence,
+            ratio=ratio,
+            widths={f.name: widths[f.name] if selected[f.name] else f.rows for f in ffns},
+            restore=restore,
+            generator=torch.Generator().manual_seed(recipe.seed) if sample else None,
+        )
 
 
 def _check_one_width(ffns: Sequence[Ffn]) -> None:
@@ -304,7 +349,7 @@ def _check_one_width(ffns: Sequence[Ffn]) -> None:
 
 def _with_progress(
     episodes: Iterable[tuple[Episode, Policy]], total: int
-) -> Iterable[tuple[Episode, Policy]]:
+) -> Iterator[tuple[Episode, Policy]]:
     """Yield `episodes` under the progress bar of transformers, which users can switch off."""
     from transformers.utils.logging import tqdm
 

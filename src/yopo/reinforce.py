@@ -3,20 +3,26 @@
 Shapes: L layers, F rows, D columns, K kept rows, M draws, P features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
-from yopo.features import FEATURES, row_features
+from yopo.elimination import ffn_elimination_order
+from yopo.evidence import Moments
+from yopo.features import row_features
 from yopo.policy import Policy, Recipe
-from yopo.reward import discounted, spectral_reward
+from yopo.reward import discounted, output_reward, spectral_reward
 from yopo.sampling import best_rows, draw_log_probability, draw_rows
 from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
 from yopo.spectrum import Spectrum
+
+_Earn = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From kept rows `(M, K)` to rewards and distances, each `(M,)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +47,102 @@ class Episode:
     best_ks: tuple[float, ...] = ()
 
 
+@torch.inference_mode(False)  # gradients, whatever mode the caller is in
 def learn(
-    ffns: Sequence[Ffn], recipe: Recipe, widths: dict[str, int]
+    ffns: Sequence[Ffn],
+    recipe: Recipe,
+    widths: dict[str, int],
+    moments: Mapping[str, Moments] | None = None,
 ) -> Iterator[tuple[Episode, Policy]]:
-    """Train a policy on intrinsic features of the rows, and yield it after each episode.
+    """Train a policy on features of the rows, and yield it after each episode.
 
     Each episode draws M sets of rows a layer, without replacement. Their advantage is the reward
     minus the mean reward of the layer's other draws, in units of their spread; the loss is minus
     the advantage times the exact log-probability of the draw. Gradients are clipped to norm 1
-    before AdamW moves. What is yielded is the policy whose preferred rows had the smallest mean
-    distance so far, so it never falls below the start, at which all rows are alike.
+    before AdamW moves. What is yielded is the policy whose preferred rows were best so far (by
+    mean distance with the spectral reward, by mean reward otherwise), so it never falls below the
+    start.
 
     Args:
         ffns: The FFNs to learn on.
         recipe: Hyperparameters.
         widths: How many rows each FFN keeps, by name.
+        moments: The hidden units of each FFN by name, which the output reward needs.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    layers = [(row_features(ffn), Spectrum.of(ffn.expand_weights()[0])) for ffn in ffns]
-    keeps = [widths[ffn.name] for ffn in ffns]
-    weights_P = nn.Parameter(torch.zeros(len(FEATURES)))
+    layers = [_prepared(ffn, None if moments is None else moments[ffn.name]) for ffn in ffns]
+    weights_P = nn.Parameter(Policy.at_start(recipe).tensors["weights_P"].clone())
     optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
     best = (float("inf"), weights_P.detach().clone())
     for number in range(recipe.episodes):
-        losses, norms, rewards, distances, preferred = [], [], [], [], []
+        trials = []
         gradient_P = torch.zeros_like(weights_P)
-        for depth, ((features_FP, spectrum), keep) in enumerate(zip(layers, keeps, strict=True)):
+        for depth, (ffn, (features_FP, earn)) in enumerate(zip(ffns, layers, strict=True)):
             logits_F = features_FP @ weights_P.to(features_FP.device)
-            drawn_MK = draw_rows(logits_F, keep=keep, draws=recipe.samples, generator=generator)
-            tried_MK = torch.cat([drawn_MK.sort().values, best_rows(logits_F, keep=keep)[None]])
-            reward_M, ks_M = spectral_reward(spectrum, tried_MK)
-            advantage_M = recipe.discount**depth * leave_one_out(reward_M[:-1]).to(logits_F.dtype)
-            loss = -(advantage_M * draw_log_probability(logits_F, drawn_MK)).mean()
-            (layer_gradient_P,) = torch.autograd.grad(loss, weights_P)
+            weight = recipe.discount**depth
+            trial = _try(logits_F, earn, widths[ffn.name], recipe.samples, weight, generator)
+            (layer_gradient_P,) = torch.autograd.grad(trial.loss, weights_P)
             gradient_P += layer_gradient_P / len(layers)
-            losses.append(float(loss))
-            norms.append(float(layer_gradient_P.norm()))
-            rewards.append(float(reward_M[:-1].mean()))
-            distances.append(float(ks_M[:-1].mean()))
-            preferred.append(float(ks_M[-1]))
-        best = min(best, (sum(preferred), weights_P.detach().clone()), key=lambda pair: pair[0])
+            trials.append((trial, float(layer_gradient_P.norm())))
+        missed = [
+            float(trial.ks_M[-1] if moments is None else -trial.reward_M[-1]) for trial, _ in trials
+        ]
+        best = min(best, (sum(missed), weights_P.detach().clone()), key=lambda pair: pair[0])
         weights_P.grad = gradient_P
         nn.utils.clip_grad_norm_([weights_P], 1.0)
         optimizer.step()
-        episode = Episode(number, *map(tuple, (losses, rewards, distances, norms, preferred)))
+        episode = Episode(
+            number=number,
+            loss=tuple(trial.loss.item() for trial, _ in trials),
+            reward=tuple(trial.reward_M[:-1].mean().item() for trial, _ in trials),
+            ks=tuple(trial.ks_M[:-1].mean().item() for trial, _ in trials),
+            gradient_norm=tuple(norm for _, norm in trials),
+            best_ks=tuple(trial.ks_M[-1].item() for trial, _ in trials),
+        )
         yield episode, Policy(recipe, {"weights_P": best[1]})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """What M draws and, last, the preferred rows of one layer earned."""
+
+    loss: Tensor
+    reward_M: Tensor
+    ks_M: Tensor
+
+
+def _try(
+    logits_F: Tensor,
+    earn: _Earn,
+    keep: int,
+    samples: int,
+    weight: float,
+    generator: torch.Generator,
+) -> _Trial:
+    """Draw rows of one layer, see what they earn, and return the loss that reinforces them."""
+    drawn_MK = draw_rows(logits_F, keep=keep, draws=samples, generator=generator)
+    tried_MK = torch.cat([drawn_MK.sort().values, best_rows(logits_F, keep=keep)[None]])
+    reward_M, ks_M = earn(tried_MK)
+    advantage_M = weight * leave_one_out(reward_M[:-1]).to(logits_F.dtype)
+    loss = -(advantage_M * draw_log_probability(logits_F, drawn_MK)).mean()
+    return _Trial(loss, reward_M, ks_M)
+
+
+def _prepared(ffn: Ffn, moments: Moments | None) -> tuple[Tensor, _Earn]:
+    """Return the features of the rows of one layer, and what tells rewards and distances."""
+    spectrum = Spectrum.of(ffn.expand_weights()[0])
+    if moments is None:
+        return row_features(ffn), partial(spectral_reward, spectrum)
+    second_FF = moments.second_FF if ffn.contract_bias() is None else moments.covariance()
+    contract_FD = ffn.contract_weight()
+
+    def earn(kept_MK: Tensor) -> tuple[Tensor, Tensor]:
+        return output_reward(second_FF, contract_FD, kept_MK), spectral_reward(spectrum, kept_MK)[1]
+
+    return row_features(ffn, ffn_elimination_order(ffn, moments)), earn
+
+
+@torch.inference_mode(False)
 def learn_as_published(
     ffns: Sequence[Ffn], recipe: Recipe, widths: dict[str, int]
 ) -> Iterator[tuple[Episode, Policy]]:

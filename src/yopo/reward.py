@@ -22,6 +22,35 @@ def spectral_reward(spectrum: Spectrum, kept_MK: Tensor) -> tuple[Tensor, Tensor
     return torch.where(ks_M > 0, 1.0 / ks_M, PERFECT), ks_M
 
 
+def output_reward(second_FF: Tensor, contract_FD: Tensor, kept_MK: Tensor) -> Tensor:
+    """Return -log of the FFN's output error after restoring, `(M,)` in float64.
+
+    The error is the mean squared change of the output, as a share of its mean square, once the
+    contract matrix has been re-solved for the kept rows: tr WᵀSW / tr WᵀHW over the dropped rows,
+    with S = H_CC - H_CK (H_KK)⁻¹ H_KC the Schur complement of the second moments H.
+
+    Args:
+        second_FF: Second moments of the hidden units, float64.
+        contract_FD: Columns of the contract matrix.
+        kept_MK: Kept rows of each draw.
+    """
+    weights_FD = contract_FD.to(second_FF.dtype)
+    total = (weights_FD * (second_FF @ weights_FD)).sum().clamp_min(1e-300)
+    errors = []
+    for kept_K in kept_MK:
+        dropped_F = torch.ones(len(second_FF), dtype=torch.bool, device=second_FF.device)
+        dropped_F[kept_K] = False
+        damped_KK = second_FF[kept_K][:, kept_K]
+        damped_KK.diagonal().add_(1e-3 * damped_KK.diagonal().mean().clamp_min(1e-30))
+        part_CD = weights_FD[dropped_F]
+        known_KD = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(damped_KK), second_FF[kept_K][:, dropped_F] @ part_CD, upper=False
+        )
+        own = (part_CD * (second_FF[dropped_F][:, dropped_F] @ part_CD)).sum()
+        errors.append((own - known_KD.square().sum()) / total)
+    return -torch.stack(errors).clamp_min(1e-12).log()
+
+
 def discounted(rewards: Tensor, discount: float) -> Tensor:
     """Return layer rewards `(L, …)` times γ^layer, as the reference weighs them.
 

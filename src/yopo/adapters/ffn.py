@@ -107,6 +107,15 @@ class Ffn:
         """Return the columns of the contract matrix as a view `(F, D)`."""
         return self.contract.read(self.rows)
 
+    def contract_bias(self) -> Tensor | None:
+        """Return the bias `(D,)` of the contract matrix as a view, None where it has none."""
+        slot = self.contract
+        name = "bias" if slot.name == "weight" else f"{slot.name}_bias"
+        bias = getattr(slot.module, name, None)
+        if not isinstance(bias, nn.Parameter):
+            return None
+        return bias.detach() if slot.expert is None else bias.detach()[slot.expert]
+
     @property
     def parameters_per_row(self) -> int:
         """Return how many numbers go when one row goes."""

@@ -1,0 +1,108 @@
+"""Decide which rows stay and what the contract matrices become, one FFN at a time.
+
+Shapes: F rows, K kept rows, D model width, P features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from yopo.adapters import Ffn
+from yopo.elimination import ffn_elimination_order
+from yopo.evidence import Evidence, Moments
+from yopo.plan import PruningPlan
+from yopo.policy import Policy
+from yopo.restore import Restored, restore_contract
+from yopo.sampling import best_rows, draw_rows
+from yopo.scorer import noisy_log_odds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """Hold a plan, and the contract matrices that go with it, by FFN; none where none was asked."""
+
+    plan: PruningPlan
+    restored: Mapping[str, Restored]
+
+
+def decide(
+    model: nn.Module,
+    ffns: Sequence[Ffn],
+    *,
+    policy: Policy,
+    evidence: Evidence,
+    ratio: float,
+    widths: Mapping[str, int],
+    restore: bool,
+    generator: torch.Generator | None,
+) -> Decision:
+    """Score the rows of each FFN, choose, and re-solve the contract matrix for the chosen.
+
+    Args:
+        model: The model that holds `ffns`.
+        ffns: What to decide on.
+        policy: Scores rows.
+        evidence: Gives the moments, where the policy or restoring needs them.
+        ratio: The ratio asked for, for the plan's record.
+        widths: Rows to keep in each FFN, by name.
+        restore: Whether to re-solve contract matrices.
+        generator: Source of draws, None to take the rows that the policy prefers.
+    """
+    kept: dict[str, Tensor] = {}
+    restored: dict[str, Restored] = {}
+    needs_moments = restore or policy.needs_evidence
+    for ffn, moments in _with_moments(model, ffns, evidence if needs_moments else None):
+        keep = widths[ffn.name]
+        if keep == ffn.rows:
+            kept[ffn.name] = torch.arange(ffn.rows)
+            continue
+        order_F = None
+        if policy.needs_evidence and moments is not None:
+            order_F = ffn_elimination_order(ffn, moments)
+        with torch.no_grad():
+            log_odds_F = policy.log_odds(ffn, order_F)
+        kept[ffn.name] = _choose(policy, log_odds_F, keep, generator)
+        if restore and moments is not None:
+            restored[ffn.name] = restore_contract(
+                moments,
+                ffn.contract_weight(),
+                ffn.contract_bias(),
+                kept[ffn.name],
+                dtype=ffn.contract.parameter.dtype,
+            )
+    rows = {ffn.name: ffn.rows for ffn in ffns}
+    return Decision(PruningPlan(kept=kept, rows=rows, ratio=ratio), restored)
+
+
+def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> None:
+    """Write re-solved contract matrices into FFNs that have been cut."""
+    with torch.no_grad():
+        for ffn in ffns:
+            if (new := restored.get(ffn.name)) is not None:
+                ffn.contract.read(len(new.contract_KD)).copy_(new.contract_KD)
+                bias_D = ffn.contract_bias()
+                if bias_D is not None and new.bias_D is not None:
+                    bias_D.copy_(new.bias_D)
+
+
+def _with_moments(
+    model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence | None
+) -> Iterator[tuple[Ffn, Moments | None]]:
+    if evidence is None:
+        yield from ((ffn, None) for ffn in ffns)
+    else:
+        yield from evidence.moments(model, ffns)
+
+
+def _choose(
+    policy: Policy, log_odds_F: Tensor, keep: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return the kept rows: drawn where there is a generator, else the preferred ones."""
+    if generator is None:
+        return best_rows(log_odds_F, keep=keep).cpu()
+    if policy.recipe.method == "prunenet":
+        log_odds_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
+    return draw_rows(log_odds_F, keep=keep, draws=1, generator=generator)[0].sort().values.cpu()
