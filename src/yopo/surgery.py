@@ -201,9 +201,12 @@ def _cut_parameter(slots: list[tuple[Slot, Tensor]]) -> None:
         if slot.expert is None:
             cut = _select(parameter.data, slot.axis, entries[None])
         else:
-            experts = range(parameter.shape[0])
+            spare = next(iter(entries.values()))  # for experts that a tensor holds and never uses
             cut = torch.stack(
-                [_select(parameter.data[expert], slot.axis, entries[expert]) for expert in experts]
+                [
+                    _select(matrix, slot.axis, entries.get(expert, spare))
+                    for expert, matrix in enumerate(parameter.data)
+                ]
             )
         parameter.grad = None
         parameter.data = cut

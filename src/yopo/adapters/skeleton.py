@@ -64,6 +64,9 @@ def build_skeleton(
         Exception: Whatever the class raises for such a config.
     """
     config = copy.deepcopy(model.config)
+    for _, nested in nested_configs(config):
+        if isinstance(getattr(nested, "dtype", None), str):  # as `save_pretrained` leaves it
+            nested.dtype = getattr(torch, nested.dtype)
     for (path, key), value in widths.items():
         write_width(config_at(config, path), key, value)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
