@@ -190,7 +190,7 @@ def plan_widths(
             width = unit * max(1, min(round(width / unit), narrowest.rows // unit))
         for ffn in group:
             widths[ffn.name] = width * ffn.rows // narrowest.rows
-    return widths
+    return {ffn.name: widths[ffn.name] for ffn in ffns}
 
 
 def check_ratio(ratio: float) -> None:
@@ -270,7 +270,9 @@ def _unit(ffn: Ffn, narrowest: Ffn) -> int:
 
 
 def _expert_multiple(ffn: Ffn) -> int:
-    """Return what the width must be a multiple of: grouped products need strides of 16 bytes."""
-    sizes = [slot.parameter.element_size() for slot in ffn.slots if slot.expert is not None]
-    multiple = 16 // min(sizes, default=16)
-    return multiple if ffn.rows % multiple == 0 else 1
+    """Return what the width must be a multiple of: grouped products need strides of 16 bytes.
+
+    That is 8 numbers of half precision, in which any model may be loaded later.
+    """
+    share_a_tensor = any(slot.expert is not None for slot in ffn.slots)
+    return 8 if share_a_tensor and ffn.rows % 8 == 0 else 1

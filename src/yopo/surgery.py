@@ -4,17 +4,17 @@ Everything is checked before the first tensor changes: the class of the model is
 config on the meta device, and must have the shapes that the cut will leave.
 """
 
+import logging
 import signal
 import threading
-import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from yopo.adapters import Ffn, Slot, find_ffns
 from yopo.adapters.skeleton import (
@@ -26,7 +26,7 @@ from yopo.adapters.skeleton import (
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.plan import PruningPlan
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 WIDTHS_KEY = "yopo_widths"
 """Config entry of a model whose widths no field of its config can express: rows by FFN."""
@@ -58,7 +58,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
     Raises:
         UnsupportedModelError: If the model cannot be pruned, or the result could not be loaded
             again.
-        InvalidArgumentError: If the plan was made for another model.
+        InvalidArgumentError: If `plan` is no plan, or was made for another model.
 
     Warns:
         Through the log, if the widths that come out cannot be written into the config, so that
@@ -77,7 +77,8 @@ def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[s
     _check_plan(ffns, plan)
     fields, overrides = _config_changes(model, ffns, plan)
     skeletons = _skeletons(model, ffns, plan, fields, overrides)
-    with _interrupts_held():
+    # Weights made in inference mode could never be trained again.
+    with _interrupts_held(), torch.inference_mode(False):
         _cut_parameters(ffns, plan)
         _sync_sizes(model, skeletons)
         _sync_overridden(model, [ffn for ffn in ffns if ffn.name in overrides], plan)
@@ -89,6 +90,11 @@ def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[s
 
 
 def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+    if not isinstance(plan, PruningPlan):
+        raise InvalidArgumentError(
+            f"`plan` must be a PruningPlan, got {plan!r}. Read a saved one with "
+            "`PruningPlan.load(path)`."
+        )
     present = {ffn.name: ffn.rows for ffn in ffns}
     for name, rows in present.items():
         if plan.rows.get(name) != rows:
@@ -208,6 +214,7 @@ def _cut_parameter(slots: list[tuple[Slot, Tensor]]) -> None:
                     for expert, matrix in enumerate(parameter.data)
                 ]
             )
+            cut = _laid_out_as(parameter.data, cut)
         parameter.grad = None
         parameter.data = cut
 
@@ -215,8 +222,15 @@ def _cut_parameter(slots: list[tuple[Slot, Tensor]]) -> None:
 def _select(tensor: Tensor, axis: int, entries: Tensor) -> Tensor:
     """Return `entries` of `tensor` along `axis`, laid out in memory as `tensor` is."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    selected = tensor.permute(order).index_select(order.index(axis), entries).contiguous()
-    return selected.permute([order.index(dim) for dim in range(tensor.dim())])
+    selected = tensor.permute(order).index_select(order.index(axis), entries)
+    return _laid_out_as(tensor, selected.permute([order.index(dim) for dim in range(tensor.dim())]))
+
+
+def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with its axes in memory in the order of `model`, a copy only if need be."""
+    order = sorted(range(model.dim()), key=model.stride, reverse=True)
+    laid_out = tensor.permute(order).contiguous()
+    return laid_out.permute([order.index(dim) for dim in range(model.dim())])
 
 
 def _sync_sizes(model: nn.Module, skeletons: tuple[nn.Module, nn.Module] | None) -> None:
@@ -257,7 +271,12 @@ def _sync_overridden(model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan) -
 
 
 def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int]) -> None:
-    """Write the new widths into the config and into the copies that submodules keep."""
+    """Write the new widths into the config and into the copies that submodules keep.
+
+    A config that `model.config` holds elsewhere is no copy, even if it is equal: the encoder's is
+    not the decoder's.
+    """
+    named = {id(nested) for _, nested in nested_configs(model.config)}
     configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -270,7 +289,8 @@ def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int
             target = getattr(target, part)
         old = getattr(target, key, None)
         for config in configs.values():
-            if type(config) is type(target) and getattr(config, key, None) == old:
+            is_equal = type(config) is type(target) and getattr(config, key, None) == old
+            if config is target or (is_equal and id(config) not in named):
                 write_width(config, key, value)
     if overrides:
         setattr(model.config, WIDTHS_KEY, dict(overrides))
@@ -291,7 +311,7 @@ def _rebuild_rotary(model: nn.Module) -> None:
 
 def _warn_on_save(model: nn.Module) -> None:
     """Make `model.save_pretrained` say that stock `from_pretrained` cannot load the result."""
-    model.save_pretrained = types.MethodType(_save_with_warning, model)  # type: ignore[assignment]
+    model.save_pretrained = partial(_save_with_warning, model)  # type: ignore[assignment]
 
 
 def _save_with_warning(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -308,11 +328,11 @@ def _interrupts_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pending: list[tuple[int, types.FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    pending: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if pending and callable(previous):
-        previous(*pending[0])
+    if pending:
+        signal.raise_signal(signal.SIGINT)

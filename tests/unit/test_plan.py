@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -154,6 +155,23 @@ def test_ffns_of_different_fields_and_of_none_are_rounded_each_for_itself():
         ffn("d", 10, None),
     ]
     assert plan_widths(ffns, 0.5) == {"a": 512, "b": 50, "c": 15, "d": 5}
+
+
+@given(st.integers(1, 2000), RATIOS)
+@example(48, 0.3)
+@example(8, 0.9)
+def test_experts_in_one_tensor_keep_widths_that_grouped_products_can_run(rows, ratio):
+    tensor = nn.Module()
+    tensor.weight = nn.Parameter(torch.empty(2, rows, 1, device="meta"))
+    ffns = [Ffn(f"{i}", "", rows, (), Slot(tensor, "weight", 0, expert=i)) for i in range(2)]
+    ffns = [replace(ffn, width=WidthField((), "moe_intermediate_size")) for ffn in ffns]
+    try:
+        widths = plan_widths(ffns, ratio, multiple_of=1)
+    except InvalidArgumentError:
+        return
+    assert widths["0"] == widths["1"]
+    assert rows % 8 or widths["0"] % 8 == 0
+    assert abs(widths["0"] - (1 - ratio) * rows) < 8
 
 
 def test_the_narrowest_ffn_sets_what_a_ratio_may_be():
