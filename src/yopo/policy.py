@@ -96,7 +96,7 @@ class Policy:
         With the output reward it follows greedy elimination, in closed form; with the spectral
         reward all rows are alike to it.
         """
-        weights_P = torch.zeros(len(FEATURES))
+        weights_P = torch.zeros(len(FEATURES), dtype=torch.float32, device="cpu")
         if recipe.reward == "output":
             weights_P[FEATURES.index("elimination")] = _START
         return cls(recipe, {"weights_P": weights_P})

@@ -181,7 +181,7 @@ def learn_as_published(
             log_odds_F = scorer(weight_FD.float())
             log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
             loss = -log_keep_F[kept_K].sum() * value
-            losses.append(float(loss))
+            losses.append(loss.item())
             if recipe.kl:
                 loss = loss + kl_to_fair_coin(log_odds_F)
             optimizer.zero_grad()
@@ -197,8 +197,9 @@ def learn_as_published(
 def leave_one_out(reward_M: Tensor) -> Tensor:
     """Return advantages `(M,)`: rewards minus the mean of the others, divided by their spread.
 
-    The baseline of a draw does not depend on it, so the gradient stays unbiased (Kool et al. 2019,
-    "Buy 4 REINFORCE samples, get a baseline for free!"); the spread only scales the step.
+    The baseline of a draw does not depend on it, so it leaves the gradient unbiased (Kool et al.
+    2019, "Buy 4 REINFORCE samples, get a baseline for free!"). The spread makes the step
+    independent of the reward's unit; a draw has a part in it, a bias that fades as draws get many.
     """
     count = len(reward_M)
     advantage_M = (reward_M - reward_M.mean()) * count / (count - 1)
