@@ -6,6 +6,7 @@ A hidden unit is an input of the contract matrix. All that selection and restori
 are means and second moments over tokens, so states are summed up as they come and never stored.
 """
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,7 @@ def write_tokens(
         model.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
-            batches = _batches(sequences)
+            batches = _batches(sequences, _sequences_at_once(model, length))
             for batch in logging.tqdm(batches, desc="write", unit="batch"):
                 prompt_ids = _prompt(config, batch, length, model.config.is_encoder_decoder)
                 written.append(_write(model, prompt_ids.to(device), length))
@@ -114,6 +115,9 @@ def read_moments(
         inputs: Keyword arguments of the model, batch first.
     """
     sums = {ffn.name: _Sums.zeros(ffn) for ffn in ffns}
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and all(ffn.path.startswith(f"{prefix}.") for ffn in ffns):
+        model = model.get_submodule(prefix)  # the head costs most of a pass and holds no FFN
     device = next(model.parameters()).device
     rows = len(next(iter(inputs.values())))
     training = model.training
@@ -175,27 +179,25 @@ class Evidence:
                 f'`evidence` must be "auto", "self", "weights" or token ids, got {kind!r}.'
             )
         self._kind, self._seed = kind, seed
-        self._seen: tuple[Any, dict[str, Moments]] | None = None
+        self._seen: tuple[bytes, dict[str, Moments]] | None = None
 
     def moments(self, model: nn.Module, ffns: Sequence[Ffn]) -> Iterator[tuple[Ffn, Moments]]:
         """Yield each FFN with its moments, holding no more at once than memory allows.
 
-        Moments that fit into memory together are remembered until the model changes.
+        Moments that fit into memory together are remembered for models with the same weights.
 
         Raises:
             UnsupportedModelError: If the model writes NaN, or cannot serve as asked.
         """
-        state = (id(model), [(p.data_ptr(), p._version) for p in model.parameters()])
-        if self._seen is not None and self._seen[0] == state:
+        groups = list(_groups(ffns))
+        checksum = _checksum(model) if len(groups) == 1 else b""
+        if self._seen is not None and self._seen[0] == checksum:
             yield from ((ffn, self._seen[1][ffn.name]) for ffn in ffns)
             return
-        remembered: dict[str, Moments] = {}
-        groups = list(_groups(ffns))
         for group, found in self._by_group(model, groups):
-            remembered |= found if len(groups) == 1 else {}
+            if len(groups) == 1:
+                self._seen = (checksum, found)
             yield from ((ffn, found[ffn.name]) for ffn in group)
-        if remembered:
-            self._seen = (state, remembered)
 
     def _by_group(
         self, model: nn.Module, groups: list[list[Ffn]]
@@ -227,6 +229,15 @@ class Evidence:
                         for f in group
                     },
                 )
+
+
+def _checksum(model: nn.Module) -> bytes:
+    """Return a checksum of the class and all weights of `model`."""
+    digest = hashlib.blake2b(repr(type(model)).encode(), digest_size=16)
+    for parameter in model.parameters():
+        numbers = parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+        digest.update(numbers.tobytes())
+    return digest.digest()
 
 
 def _groups(ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
@@ -374,6 +385,16 @@ def _prompt(config: Any, batch: int, length: int, is_encoder_decoder: bool) -> T
     return ids[torch.randint(len(ids), (batch, length if is_encoder_decoder else 1))]
 
 
-def _batches(total: int, size: int = 32) -> list[int]:
+def _sequences_at_once(model: nn.Module, length: int) -> int:
+    """Return how many sequences can be written side by side with at most 4 GB of cached states."""
+    config: Any = model.config
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None) or 12
+    width = getattr(text, "hidden_size", None) or 1024
+    element = next(model.parameters()).element_size()
+    return max(1, min(SEQUENCES, 4 * 2**30 // (2 * layers * width * element * length)))
+
+
+def _batches(total: int, size: int) -> list[int]:
     """Split `total` into batches of at most `size`."""
     return [min(size, total - start) for start in range(0, total, size)]

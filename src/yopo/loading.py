@@ -1,6 +1,5 @@
 """Load pruned models, those with widths that their config cannot express included."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from yopo.plan import PruningPlan
 from yopo.surgery import WIDTHS_KEY, cut_rows
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
-    """Load a model that yopo pruned from the folder `path`.
+def load(source: str | Path, **kwargs: Any) -> Any:
+    """Load a model, one that yopo pruned to unequal widths included.
 
     A model of one width is an ordinary checkpoint, and this is `from_pretrained` of its class. A
     model with unequal widths is built by the same class and resized before its weights arrive.
 
     Args:
-        path: A folder that `save_pretrained` wrote.
+        source: A folder that `save_pretrained` wrote, or a model on the hub.
         **kwargs: Passed on to `from_pretrained`: `dtype`, `device_map` and so on.
 
     Returns:
@@ -29,26 +28,27 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
     Raises:
         InvalidArgumentError: If the folder holds no config, or names no class of transformers.
+        OSError: If there is no such folder and no such model on the hub.
 
     Example:
         >>> model = yopo.load("llama-pruned", dtype="auto")  # doctest: +SKIP
     """
     import transformers
 
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise InvalidArgumentError(f"`{path}` holds no model: `config.json` is missing.")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    names = config.get("architectures") or [None]
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise InvalidArgumentError(f"`{source}` holds no model: `config.json` is missing.")
+    config = transformers.AutoConfig.from_pretrained(source)
+    names = config.architectures or [None]
     model_class = getattr(transformers, str(names[0]), None)
     if model_class is None:
         raise InvalidArgumentError(
-            f"`{file}` names the architecture {names[0]!r}, which transformers does not have."
+            f"the config of `{source}` names the architecture {names[0]!r}, which transformers "
+            "does not have."
         )
-    widths = config.get(WIDTHS_KEY)
+    widths = getattr(config, WIDTHS_KEY, None)
     if not widths:
-        return model_class.from_pretrained(path, **kwargs)
-    model = _resized_class(model_class, widths).from_pretrained(path, **kwargs)
+        return model_class.from_pretrained(source, **kwargs)
+    model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
     model.__class__ = model_class
     return model
 

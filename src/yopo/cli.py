@@ -1,0 +1,161 @@
+"""The command line: thin, over the same functions that Python users call."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from yopo.adapters import find_ffns
+from yopo.criteria import plan_by_criterion, row_norm
+from yopo.errors import InvalidArgumentError, YopoError
+from yopo.loading import load
+from yopo.plan import MultipleOf
+from yopo.pruner import PolicyPruner
+from yopo.report import describe_ffns, format_table, sizes_of
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `yopo` with `arguments`, by default those of the process; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (YopoError, OSError) as error:
+        print(f"yopo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("yopo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    model = load(options.model, dtype="auto")
+    ffns = find_ffns(model)
+    sizes = sizes_of(model, ffns)
+    print(
+        f"{type(model).__name__}: {sizes.parameters:,} parameters, {sizes.bytes / 1e6:,.1f} MB, "
+        f"{sizes.ffn_parameters / sizes.parameters:.1%} of them in FFN rows\n"
+    )
+    print(describe_ffns(ffns))
+    rows = [["ratio", "reached", "rows removed", "parameters removed", "of all", "MB left"]]
+    for ratio in options.ratio:
+        plan = plan_by_criterion(model, ratio, criterion=row_norm, multiple_of=options.multiple_of)
+        left = sizes_of(model, ffns, plan)
+        removed = sizes.parameters - left.parameters
+        rows.append(
+            [
+                f"{ratio:g}",
+                f"{plan.ratio_reached:.4f}",
+                f"{sizes.ffn_rows - left.ffn_rows:,}",
+                f"{removed:,}",
+                f"{removed / sizes.parameters:.1%}",
+                f"{left.bytes / 1e6:,.1f}",
+            ]
+        )
+    print(f"\n{format_table(rows)}")
+
+
+def _fit(options: argparse.Namespace) -> None:
+    pruner = _new_pruner(options).fit(load(options.model, dtype=options.dtype))
+    pruner.save_policy(options.output)
+    print(f"Policy written to {options.output}.")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    if options.output.exists() and any(options.output.iterdir()):
+        raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
+    model = load(options.model, dtype=options.dtype)
+    before = sizes_of(model, find_ffns(model))
+    if options.policy is None:
+        pruner = _new_pruner(options).fit(model)
+    else:
+        pruner = PolicyPruner.from_policy(options.policy)
+    pruner.prune(model, options.ratio, layers=options.layers)
+    after = sizes_of(model, find_ffns(model))
+    model.save_pretrained(options.output)
+    _copy_tokenizer(options.model, options.output)
+    print(
+        f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows "
+        f"({1 - after.ffn_rows / before.ffn_rows:.2%}), "
+        f"{before.parameters - after.parameters:,} of {before.parameters:,} parameters "
+        f"({1 - after.parameters / before.parameters:.1%}); {before.bytes / 1e6:,.1f} → "
+        f"{after.bytes / 1e6:,.1f} MB. Written to {options.output}."
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    import torch
+
+    from yopo.demo import run_demo
+
+    if options.model is None:
+        torch.set_num_threads(1)  # matrices this small gain nothing from threads, and lose by them
+    run_demo(options.model, text=options.text, output=options.output)
+
+
+def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
+    """Return the pruner that the options describe."""
+    common: dict[str, Any] = {"ratio": options.ratio, "seed": options.seed}
+    if options.episodes is not None:
+        common["episodes"] = options.episodes
+    if options.method == "prunenet":
+        return PolicyPruner.prunenet(**common)
+    return PolicyPruner(reward=options.reward, evidence=options.evidence, **common)
+
+
+def _copy_tokenizer(source: str, target: Path) -> None:
+    """Write the tokenizer of `source`, if it has one, beside the pruned model."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    except (OSError, ValueError, KeyError):
+        print(f"{source} has no tokenizer to copy.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="yopo", description="Remove hidden units of FFNs from language models, without data."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    info = commands.add_parser("info", help="what a model's FFNs are, what ratios would remove")
+    info.set_defaults(run=_info)
+    info.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    info.add_argument("--multiple-of", type=_multiple, default="auto")
+    fit = commands.add_parser("fit", help="train a policy and save it")
+    fit.set_defaults(run=_fit)
+    prune = commands.add_parser("prune", help="remove rows and save the smaller model")
+    prune.set_defaults(run=_prune)
+    prune.add_argument("--policy", type=Path, help="folder of a policy; by default one is fitted")
+    prune.add_argument("--layers", nargs="+", type=_layer, help="numbers or patterns; default all")
+    demo = commands.add_parser("demo", help="the whole job on a small model, with baselines")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--model", help="a model on the hub or on disk; default: the embedded one")
+    demo.add_argument("--text", type=Path, help="text to measure perplexity on")
+    demo.add_argument("--output", type=Path, default=Path("yopo-demo"))
+    for command in (info, fit, prune):
+        command.add_argument("model", help="a model on the hub or on disk")
+    for command in (fit, prune):
+        command.add_argument("--output", type=Path, required=True, help="folder to write")
+        command.add_argument("--ratio", type=float, default=0.3, help="share of FFN rows to remove")
+        command.add_argument("--method", choices=["default", "prunenet"], default="default")
+        command.add_argument("--reward", choices=["output", "spectral"], default="output")
+        command.add_argument("--evidence", choices=["auto", "self", "weights"], default="auto")
+        command.add_argument("--episodes", type=int, help="episodes of policy gradient")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    return parser
+
+
+def _multiple(text: str) -> MultipleOf:
+    return "auto" if text == "auto" else int(text)
+
+
+def _layer(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
