@@ -69,8 +69,10 @@ def test_features_are_what_their_names_say():
             [(gate @ w).square().sum() / w.square().sum() for w in gate]
         ).log(),
         "bias": bias.double(),
+        "elimination": torch.arange(40.0, dtype=torch.float64),
     }
-    features = row_features(ffn)
+    dropped_first_to_last = torch.arange(40)
+    features = row_features(ffn, dropped_first_to_last)
     assert features.dtype == torch.float32
     assert tuple(expected) == FEATURES
     for column, (name, value) in enumerate(expected.items()):
@@ -81,8 +83,14 @@ def test_features_are_what_their_names_say():
 
 def test_features_that_an_ffn_does_not_have_are_zero():
     features = row_features(random_ffn(up=None))
-    for name in ("log_norm_up", "bias"):
+    for name in ("log_norm_up", "bias", "elimination"):
         assert features[:, FEATURES.index(name)].abs().max() == 0
+
+
+def test_a_row_that_is_dropped_late_has_a_high_position():
+    order = torch.tensor([2, 0, 3, 1])
+    features = row_features(random_ffn(rows=4, columns=2), order)
+    assert features[:, FEATURES.index("elimination")].argsort().tolist() == order.tolist()
 
 
 def test_features_do_not_depend_on_the_scale_of_a_matrix_or_the_order_of_its_columns():

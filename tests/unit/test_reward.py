@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from yopo.reward import PERFECT, discounted, spectral_reward
+from yopo.reward import PERFECT, discounted, output_reward, spectral_reward
 from yopo.spectrum import Spectrum
 
 
@@ -58,3 +58,28 @@ def test_a_discount_weighs_every_draw_of_a_layer_alike(discount):
     returns = discounted(rewards, discount)
     expected = [[float(r) * discount**layer for r in row] for layer, row in enumerate(rewards)]
     torch.testing.assert_close(returns, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kept", [[0, 3, 5, 9], [1], list(range(11)), list(range(12))], ids=len)
+def test_the_output_reward_is_what_least_squares_on_the_hidden_units_leaves(kept):
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(500, 12, generator=generator, dtype=torch.float64) @ mixing
+    contract = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    reward = output_reward(hidden.T @ hidden / 500, contract, torch.tensor([kept, kept]))
+    output = hidden @ contract
+    ridge = 1e-3 * hidden[:, kept].square().mean()  # towards the weights as they are
+    solved = torch.linalg.solve(
+        hidden[:, kept].T @ hidden[:, kept] / 500 + ridge * torch.eye(len(kept)),
+        hidden[:, kept].T @ (output - hidden[:, kept] @ contract[kept]) / 500,
+    )
+    error = (output - hidden[:, kept] @ (contract[kept] + solved)).square().sum()
+    expected = -float((error / output.square().sum()).clamp_min(1e-12).log())
+    assert reward.tolist() == pytest.approx([expected] * 2, rel=0.02)
+
+
+def test_the_output_reward_of_units_that_never_fire_is_no_nan():
+    rewards = output_reward(
+        torch.zeros(6, 6, dtype=torch.float64), torch.ones(6, 3), torch.tensor([[0, 1, 2]])
+    )
+    assert torch.isfinite(rewards).all()
