@@ -1,0 +1,89 @@
+"""What the benchmarks share: models to measure on, their texts, and how a result is kept."""
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import yopo
+from yopo.embedded import model_path
+from yopo.embedded.stories import HELD_OUT_SEED, write_text
+
+RESULTS = Path(__file__).parent / "results"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+"""Trained models and texts that do not travel with the project; benchmarks skip them if absent."""
+
+SHARED_MODELS = ("llama-s", "opt-s", "phi-s")
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model, the tokens to measure on, and real text to calibrate on."""
+
+    name: str
+    path: Path
+    test_T: torch.Tensor
+    real_NW: torch.Tensor
+
+    def load(self) -> Any:
+        """Return a fresh copy of the model in float32."""
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+
+
+def subjects(windows: int = 32) -> Iterator[Subject]:
+    """Yield the embedded model, then those in `../shared` where it is there."""
+    yield _subject(
+        "embedded",
+        model_path(),
+        write_text(HELD_OUT_SEED, 200_000),
+        write_text(1, 400_000),
+        windows,
+    )
+    for name in SHARED_MODELS:
+        path = SHARED / "models" / name
+        if path.is_dir():
+            test, real = (
+                (SHARED / "corpora" / f"wikitext2-{part}.txt").read_text(encoding="utf-8")
+                for part in ("test", "valid")
+            )
+            yield _subject(name, path, test[:400_000], real[:400_000], windows)
+
+
+def keep_result(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write `results/{name}.json` with the machine and the versions it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "yopo-prune": yopo.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "rows": rows,
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def quiet() -> None:
+    """Switch off the progress bars and notes of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _subject(name: str, path: Path, test: str, real: str, windows: int) -> Subject:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    test_ids, real_ids = (
+        torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        for text in (test, real)
+    )
+    sequences = min(len(real_ids) // WINDOW, 128)
+    real_NW = real_ids[: sequences * WINDOW].view(-1, WINDOW)
+    return Subject(name, path, test_ids[: windows * WINDOW], real_NW)

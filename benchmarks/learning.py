@@ -1,0 +1,92 @@
+"""Does the policy learn, and does what it learns help? The paper's reward, on trained models.
+
+    python benchmarks/learning.py
+
+Mean Kolmogorov-Smirnov distance at ratio 0.3 of the policy's own start, of what it has learned, of
+the norms and of random rows, and beside it the perplexity that each selection leaves. Writes
+results/learning.json and .md.
+"""
+
+import statistics
+from typing import Any
+
+import torch
+
+import yopo
+from common import RESULTS, Subject, keep_result, quiet, subjects
+from yopo import criteria
+from yopo.evaluation import perplexity
+from yopo.report import format_table
+from yopo.reward import spectral_reward
+from yopo.spectrum import Spectrum
+
+RATIO = 0.3
+RANDOM_SEEDS = 20
+
+
+def mean_ks(model: Any, plan: yopo.PruningPlan) -> float:
+    """Return the distance that `plan` earns, averaged over the layers of `model`."""
+    return statistics.fmean(
+        float(spectral_reward(Spectrum.of(ffn.expand_weights()[0]), plan.kept[ffn.name][None])[1])
+        for ffn in yopo.find_ffns(model)
+    )
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """Return the distances and perplexities of one model."""
+    model = subject.load()
+    learned = yopo.PolicyPruner(reward="spectral", restore=False, ratio=RATIO, multiple_of=1).fit(
+        model
+    )
+
+    def by(criterion: criteria.Criterion) -> yopo.PruningPlan:
+        return yopo.plan_by_criterion(model, RATIO, criterion=criterion, multiple_of=1)
+
+    randoms = [by(criteria.random_rows(seed)) for seed in range(RANDOM_SEEDS)]
+    distances = [mean_ks(model, plan) for plan in randoms]
+    plans = {
+        "learned": learned.plan(model, RATIO),
+        "row norm": by(criteria.row_norm),
+        "norm product": by(criteria.norm_product),
+        "random rows": randoms[0],
+        "elimination on self-written text": yopo.PolicyPruner(multiple_of=1)
+        .fit(model)
+        .plan(model, RATIO),
+    }
+    left = {}
+    for name, plan in plans.items():
+        pruned = subject.load()
+        yopo.apply_plan(pruned, plan)
+        left[name] = perplexity(pruned, subject.test_T)
+    ks = {name: mean_ks(model, plan) for name, plan in plans.items()}
+    ks["random rows"] = statistics.fmean(distances)
+    return {
+        "model": subject.name,
+        "ks": ks | {"start": statistics.fmean(learned.history[0].best_ks)},
+        "random_deviation": statistics.stdev(distances),
+        "deviations_below_random": (ks["random rows"] - ks["learned"])
+        / statistics.stdev(distances),
+        "perplexity": left | {"dense": perplexity(model, subject.test_T)},
+    }
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    torch.set_num_threads(1)
+    quiet()
+    rows = [measure(subject) for subject in subjects()]
+    keep_result("learning", rows)
+    names = ["start", "learned", "row norm", "norm product", "random rows"]
+    names.append("elimination on self-written text")
+    table = [["model", "", *names]]
+    for row in rows:
+        table.append([row["model"], "KS", *(f"{row['ks'][name]:.4f}" for name in names)])
+        cells = [f"{row['perplexity'][n]:.2f}" if n in row["perplexity"] else "" for n in names]
+        table.append(["", f"perplexity (dense {row['perplexity']['dense']:.2f})", *cells])
+    page = f"# What the spectral reward teaches\n\nRatio {RATIO}, nothing restored.\n\n"
+    (RESULTS / "learning.md").write_text(page + format_table(table) + "\n", encoding="utf-8")
+    print(format_table(table))
+
+
+if __name__ == "__main__":
+    main()
