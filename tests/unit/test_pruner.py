@@ -1,0 +1,511 @@
+import copy
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+import yopo
+from yopo import (
+    InvalidArgumentError,
+    NotFittedError,
+    PolicyFileError,
+    PolicyMismatchError,
+    PolicyPruner,
+    UnsupportedModelError,
+)
+from yopo.criteria import norm_product, plan_by_criterion, random_rows, row_norm
+from yopo.spectrum import Spectrum, ks_distance
+
+TOKENS = torch.arange(8 * 24).view(8, 24) * 11 % 60 + 3
+
+
+def spectral(**changes):
+    """Return a pruner that learns from the weights alone."""
+    return PolicyPruner(**{"reward": "spectral", "restore": False, "episodes": 3} | changes)
+
+
+def with_trained_rows(model, seed=0):
+    """Give the rows of every FFN log-normal lengths, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            scale = (0.7 * torch.randn(layer.mlp.gate_proj.out_features, generator=generator)).exp()
+            layer.mlp.gate_proj.weight.mul_(scale[:, None])
+            layer.mlp.up_proj.weight.mul_(scale[:, None] ** 0.3)
+            layer.mlp.down_proj.weight.mul_(scale**0.3)
+    return model
+
+
+def state(model):
+    """Return all that pruning may change, comparable bit by bit."""
+    return (
+        {name: (tensor.shape, tensor.clone()) for name, tensor in model.state_dict().items()},
+        model.config.to_dict(),
+        {name: repr(module) for name, module in model.named_modules()},
+        model.training,
+        sorted(vars(model)),
+        [parameter.grad for parameter in model.parameters()],
+    )
+
+
+def unchanged(model, before):
+    after = state(model)
+    assert after[1:] == before[1:]
+    for name, (shape, tensor) in after[0].items():
+        assert shape == before[0][name][0]
+        assert torch.equal(tensor.view(torch.uint8), before[0][name][1].view(torch.uint8)), name
+    return True
+
+
+def mean_distance(model, plan):
+    distances = []
+    for ffn in yopo.find_ffns(model):
+        spectrum = Spectrum.of(ffn.expand_weights()[0])
+        kept = spectrum.of_rows(plan.kept[ffn.name][None])
+        distances.append(float(ks_distance(spectrum.singular_values_S, kept)))
+    return sum(distances) / len(distances)
+
+
+def test_a_fitted_pruner_prunes_in_place_to_an_ordinary_checkpoint(tiny_llama, logits, tmp_path):
+    model = tiny_llama()
+    pruner = PolicyPruner(ratio=0.3, evidence=TOKENS)
+    assert pruner.fit(model) is pruner
+    assert pruner.prune(model, ratio=0.3) is model
+    assert model.config.intermediate_size == 56
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pruner, model: pruner.plan(model),
+        lambda pruner, model: pruner.prune(model, 0.3),
+        lambda pruner, model: pruner.save_policy("policy"),
+    ],
+    ids=["plan", "prune", "save_policy"],
+)
+@pytest.mark.parametrize("make", [PolicyPruner, PolicyPruner.prunenet])
+def test_nothing_can_be_asked_of_a_pruner_before_it_has_a_policy(tiny_llama, make, call):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(NotFittedError) as caught:
+        call(make(), model)
+    assert str(caught.value) == (
+        "this pruner has no policy yet. Call `fit(model)`, or load one with "
+        "`PolicyPruner.from_policy(path)`."
+    )
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("make", [PolicyPruner, PolicyPruner.prunenet])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ratio", 1.0),
+        ("ratio", float("nan")),
+        ("ratio", True),
+        ("ratio", "0.3"),
+        ("episodes", -1),
+        ("episodes", 2.5),
+        ("learning_rate", 0),
+        ("discount", 1.5),
+        ("seed", -1),
+    ],
+)
+def test_a_bad_argument_is_refused_at_once_and_by_name(make, name, value):
+    with pytest.raises(InvalidArgumentError, match=f"^`{name}` must .* got {value!r}"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("samples", 1),
+        ("multiple_of", 0),
+        ("reward", "money"),
+        ("evidence", "wikitext"),
+        ("evidence", torch.ones(2, 3)),
+        ("evidence", torch.tensor([1, 2, 3])),
+        ("evidence", torch.ones(0, 3, dtype=torch.int64)),
+        ("evidence", None),
+        ("restore", 1),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_of_the_default_recipe_is_refused_at_once_and_by_name(name, value):
+    with pytest.raises(InvalidArgumentError, match=f"^`{name}` "):
+        PolicyPruner(**{name: value})
+
+
+def test_hyperparameters_are_keywords():
+    with pytest.raises(TypeError):
+        PolicyPruner(0.3)
+    with pytest.raises(TypeError):
+        PolicyPruner.prunenet(0.3)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learning_from_spectra_beats_its_start_and_random_rows_and_the_best_norm(tiny_llama, seed):
+    model = tiny_llama(seed=seed, hidden_size=48, intermediate_size=160, num_hidden_layers=3)
+    with_trained_rows(model, seed)
+    pruner = spectral(ratio=0.3, episodes=20, seed=seed).fit(model)
+    learned = mean_distance(model, pruner.plan(model))
+    first, last = (sum(pruner.history[i].ks) / 3 for i in (0, -1))
+    assert last < 0.6 * first
+    assert learned < 0.6 * first
+    by_chance = torch.tensor(
+        [
+            mean_distance(model, plan_by_criterion(model, 0.3, criterion=random_rows(i)))
+            for i in range(20)
+        ]
+    )
+    assert learned < by_chance.mean() - 5 * by_chance.std()
+    one_value = 1 / 48 / 3  # the smallest step by which a mean distance can differ
+    for criterion in (row_norm, norm_product):
+        closed_form = mean_distance(model, plan_by_criterion(model, 0.3, criterion=criterion))
+        assert learned <= closed_form + 1.01 * one_value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: spectral(episodes=3),
+        lambda: PolicyPruner.prunenet(episodes=3),
+        lambda: PolicyPruner(episodes=3, evidence=TOKENS),
+    ],
+    ids=["spectral", "prunenet", "output"],
+)
+class TestEveryMethod:
+    def test_it_keeps_a_history_of_every_layer_and_episode(self, make, tiny_llama):
+        history = make().fit(tiny_llama()).history
+        assert [episode.number for episode in history] == [0, 1, 2]
+        for episode in history:
+            for values in (episode.loss, episode.reward, episode.ks, episode.gradient_norm):
+                assert len(values) == 2
+                assert np.isfinite(values).all()
+
+    def test_it_leaves_the_model_and_the_global_generators_as_they_were(self, make, tiny_llama):
+        model = tiny_llama().train()
+        before = state(model)
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        torch_state = torch.get_rng_state()
+        numpy_state, python_state = np.random.get_state()[1].copy(), random.getstate()
+        pruner = make().fit(model)
+        pruner.plan(model)
+        assert unchanged(model, before)
+        assert [len(module._forward_hooks) for module in model.modules()] == hooks
+        pruner.prune(model)
+        assert torch.equal(torch.get_rng_state(), torch_state)
+        assert (np.random.get_state()[1] == numpy_state).all()
+        assert random.getstate() == python_state
+
+    def test_it_repeats_itself_to_the_bit(self, make, tiny_llama):
+        runs = []
+        for disturbance in range(2):
+            torch.manual_seed(disturbance)
+            model = tiny_llama()
+            pruner = make().fit(model)
+            plan = pruner.plan(model)
+            weights = [parameter.clone() for parameter in pruner.prune(model).parameters()]
+            runs.append((pruner.history, plan, weights))
+        assert runs[0][0] == runs[1][0]
+        assert runs[0][1] == runs[1][1]
+        assert all(torch.equal(*pair) for pair in zip(runs[0][2], runs[1][2], strict=True))
+
+    def test_fitting_again_forgets_what_was_learned_before(self, make, tiny_llama):
+        other = make().fit(tiny_llama(seed=1))
+        again = make().fit(tiny_llama(seed=0)).fit(tiny_llama(seed=1))
+        assert again.history == other.history
+        assert again.plan(tiny_llama()) == other.plan(tiny_llama())
+
+    def test_what_it_plans_is_what_it_prunes(self, make, tiny_llama):
+        model = tiny_llama()
+        pruner = make().fit(model)
+        plan = pruner.plan(model, 0.4)
+        gates = [layer.mlp.gate_proj.weight.detach().clone() for layer in model.model.layers]
+        pruner.prune(model, 0.4)
+        for layer, gate, kept in zip(model.model.layers, gates, plan.kept.values(), strict=True):
+            assert torch.equal(layer.mlp.gate_proj.weight, gate[kept])
+
+    def test_ctrl_c_keeps_the_best_policy_so_far_and_warns(
+        self, make, tiny_llama, monkeypatch, caplog
+    ):
+        expected, model = make(), tiny_llama()
+        expected._recipe = copy.copy(expected._recipe)
+        object.__setattr__(expected._recipe, "episodes", 2)
+        expected.fit(model)
+        interrupt_in_episode(monkeypatch, 2)
+        pruner = make().fit(model)
+        assert pruner.history == expected.history
+        assert pruner.plan(model) == expected.plan(model)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert caplog.messages == [
+            "Interrupted after 2 of 3 episodes; the best policy so far is kept."
+        ]
+
+    def test_ctrl_c_before_an_episode_is_done_goes_through(self, make, tiny_llama, monkeypatch):
+        interrupt_in_episode(monkeypatch, 0)
+        pruner = make()
+        with pytest.raises(KeyboardInterrupt):
+            pruner.fit(tiny_llama())
+        with pytest.raises(NotFittedError):
+            pruner.plan(tiny_llama())
+
+    def test_rows_of_zeros_do_no_harm(self, make, tiny_llama, logits):
+        model = tiny_llama()
+        with torch.no_grad():
+            for matrix in model.model.layers[0].mlp.children():
+                if isinstance(matrix, torch.nn.Linear):
+                    (matrix.weight if matrix.in_features == 32 else matrix.weight.T)[::3] = 0
+            for matrix in model.model.layers[1].mlp.parameters():
+                matrix.zero_()
+        assert torch.isfinite(logits(make().fit(model).prune(model))).all()
+
+    def test_every_ratio_works_from_one_fit(self, make, tiny_llama, logits):
+        pruner = make().fit(tiny_llama())
+        for ratio in (0.0, 0.05, 0.3, 0.5, 0.9, 0.98):
+            model = pruner.prune(tiny_llama(), ratio)
+            assert abs(1 - model.config.intermediate_size / 80 - ratio) <= 1 / 80
+            assert torch.isfinite(logits(model)).all()
+
+
+def interrupt_in_episode(monkeypatch, number):
+    """Raise what Ctrl-C raises when the first layer (of two) has drawn its rows in an episode."""
+    from yopo import reinforce
+
+    draw, calls = reinforce.draw_rows, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2 * number + 1:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(reinforce, "draw_rows", interrupted)
+
+
+def test_one_policy_serves_every_ratio_and_models_of_other_shapes(tiny_llama, tiny_opt, tmp_path):
+    pruner = spectral().fit(with_trained_rows(tiny_llama()))
+    pruner.save_policy(tmp_path / "policy")
+    loaded = PolicyPruner.from_policy(tmp_path / "policy")
+    for ratio in (0.0, 0.2, 0.5, 0.75):
+        for sizes in ({}, {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 160}):
+            model = tiny_opt(**sizes)
+            plan = pruner.plan(model, ratio)
+            assert plan.ratio_reached == pytest.approx(ratio, abs=0.011)
+            assert loaded.plan(model, ratio) == plan
+            assert loaded.plan(model, ratio, sample=True) == pruner.plan(model, ratio, sample=True)
+
+
+def test_a_loaded_policy_prunes_to_the_same_weights(tiny_llama, tmp_path):
+    pruner = PolicyPruner(evidence="weights").fit(tiny_llama())
+    pruner.save_policy(tmp_path)
+    one, same = pruner.prune(tiny_llama()), PolicyPruner.from_policy(tmp_path).prune(tiny_llama())
+    for first, second in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_policy_fitted_on_tokens_asks_for_them_when_it_is_loaded(tiny_llama, tmp_path):
+    pruner = PolicyPruner(evidence=TOKENS).fit(tiny_llama())
+    pruner.save_policy(tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"pass them as `evidence`"):
+        PolicyPruner.from_policy(tmp_path)
+    loaded = PolicyPruner.from_policy(tmp_path, evidence=TOKENS)
+    assert loaded.plan(tiny_llama()) == pruner.plan(tiny_llama())
+
+
+def test_the_default_prefers_and_the_published_method_draws(tiny_llama):
+    model = tiny_llama()
+    for make, draws in ((spectral, False), (PolicyPruner.prunenet, True)):
+        plans = [make(episodes=1, seed=seed).fit(model) for seed in (0, 0, 1)]
+        default, drawn, preferred = (
+            [pruner.plan(model, sample=sample) for pruner in plans]
+            for sample in (None, True, False)
+        )
+        assert default == (drawn if draws else preferred)
+        assert drawn[0] == drawn[1] != drawn[2]
+        assert preferred[0] == preferred[1]
+        assert drawn[0] != preferred[0]
+
+
+def test_the_published_method_keeps_exactly_the_published_widths(tiny_opt):
+    pruner = PolicyPruner.prunenet(episodes=1).fit(tiny_opt())
+    for ratio in (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5):
+        assert set(pruner.plan(tiny_opt(), ratio).widths.values()) == {int((1 - ratio) * 96)}
+
+
+def test_the_published_policy_refuses_another_width_and_names_the_way_out(tiny_llama, tiny_opt):
+    pruner = PolicyPruner.prunenet(episodes=1).fit(tiny_llama())
+    model = tiny_opt(hidden_size=48, word_embed_proj_dim=48)
+    before = state(model)
+    for call in (pruner.plan, pruner.prune):
+        with pytest.raises(PolicyMismatchError) as caught:
+            call(model, 0.3)
+        assert str(caught.value) == (
+            "this policy scores rows of width 32, but `model.decoder.layers.0` has width 48. "
+            "Fit a new policy on this model."
+        )
+    assert unchanged(model, before)
+
+
+def test_the_published_method_does_not_fit_a_model_of_two_widths():
+    halves = [
+        BertConfig(
+            vocab_size=64,
+            hidden_size=size,
+            num_attention_heads=4,
+            num_hidden_layers=1,
+            intermediate_size=48,
+        )
+        for size in (32, 16)
+    ]
+    model = EncoderDecoderModel(config=EncoderDecoderConfig.from_encoder_decoder_configs(*halves))
+    with pytest.raises(
+        PolicyMismatchError, match=r"has width 32 and .* 16. Use `PolicyPruner\(\)`"
+    ):
+        PolicyPruner.prunenet().fit(model)
+
+
+def test_the_published_attention_variant_warns_and_works(tiny_llama, logits, caplog):
+    pruner = PolicyPruner.prunenet(episodes=1, attention=True)
+    assert "harms a model far more than it saves" in caplog.text
+    model = pruner.fit(tiny_llama()).prune(tiny_llama())
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_every_call_that_fails_leaves_the_model_as_it_was(tiny_llama, tmp_path):
+    model = tiny_llama()
+    pruner = PolicyPruner(evidence=TOKENS).fit(model)
+    before = state(model)
+    for error, arguments in (
+        (InvalidArgumentError, {"ratio": 1.0}),
+        (InvalidArgumentError, {"ratio": float("nan")}),
+        (InvalidArgumentError, {"ratio": True}),
+        (InvalidArgumentError, {"ratio": "0.3"}),
+        (InvalidArgumentError, {"ratio": 0.999}),
+        (InvalidArgumentError, {"ratio": 0.3, "layers": [7]}),
+        (InvalidArgumentError, {"ratio": 0.3, "layers": "nothing.*"}),
+    ):
+        for call in (pruner.plan, pruner.prune):
+            with pytest.raises(error):
+                call(model, **arguments)
+            assert unchanged(model, before)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    before = state(model)
+    for call in (pruner.plan, pruner.prune, pruner.fit):
+        with pytest.raises(UnsupportedModelError, match=r"has weights that are NaN or infinite"):
+            call(model)
+        assert unchanged(model, before)
+
+
+def test_a_model_that_writes_nan_leaves_with_advice(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+    before = state(model)
+    with pytest.raises(UnsupportedModelError, match=r"`evidence='weights'`"):
+        PolicyPruner().fit(model).prune(model)
+    assert unchanged(model, before)
+
+
+def test_a_ratio_that_keeps_nothing_is_told_when_fitting(tiny_llama):
+    with pytest.raises(InvalidArgumentError) as caught:
+        spectral(ratio=0.99, multiple_of=1).fit(tiny_llama(intermediate_size=64))
+    assert str(caught.value) == "`ratio=0.99` keeps 0 of 64 rows; use at most 0.98."
+
+
+def test_the_ratio_of_training_is_the_default(tiny_llama):
+    pruner = spectral(ratio=0.45).fit(tiny_llama())
+    assert pruner.plan(tiny_llama()) == pruner.plan(tiny_llama(), 0.45)
+    assert pruner.plan(tiny_llama()).ratio == 0.45
+
+
+def test_widths_are_multiples_of_what_was_asked(tiny_llama):
+    pruner = spectral(multiple_of=32).fit(tiny_llama(intermediate_size=160))
+    model = pruner.prune(tiny_llama(intermediate_size=160), 0.3)
+    assert model.config.intermediate_size == 128
+    with pytest.raises(InvalidArgumentError, match=r"at most the width 24, got 32"):
+        pruner.plan(tiny_llama(intermediate_size=24))
+
+
+def test_only_the_layers_that_are_asked_for_are_cut(tiny_llama, logits):
+    pruner = spectral().fit(tiny_llama(num_hidden_layers=3))
+    model = tiny_llama(num_hidden_layers=3)
+    plan = pruner.plan(model, 0.3, layers=[1])
+    assert list(plan.widths.values()) == [80, 56, 80]
+    whole = pruner.plan(model, 0.3)
+    assert torch.equal(plan.kept["model.layers.1.mlp"], whole.kept["model.layers.1.mlp"])
+    pruner.prune(model, 0.3, layers="model.layers.1.*")
+    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [80, 56, 80]
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_restoring_brings_the_output_nearer_to_that_of_the_dense_model(tiny_llama):
+    dense = with_trained_rows(tiny_llama())
+    errors = []
+    for restore in (True, False):
+        model = copy.deepcopy(dense)
+        PolicyPruner(evidence=TOKENS, restore=restore).fit(model).prune(model, 0.4)
+        with torch.no_grad():
+            change = model(TOKENS).logits - dense(TOKENS).logits
+        errors.append(float(change.square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_by_default_the_model_writes_its_own_evidence(tiny_llama, logits, monkeypatch):
+    defaults = yopo.evidence.write_tokens.__kwdefaults__
+    monkeypatch.setitem(defaults, "sequences", 8)
+    monkeypatch.setitem(defaults, "length", 16)
+    model = tiny_llama().train()
+    model.generation_config.max_new_tokens = 3
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    one = PolicyPruner().fit(model).prune(model, 0.3)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert model.training
+    assert model.generation_config.max_new_tokens == 3
+    same = PolicyPruner().fit(tiny_llama()).prune(tiny_llama(), 0.3)
+    assert torch.equal(logits(one.eval()), logits(same))
+
+
+def test_evidence_of_a_model_whose_weights_have_changed_is_gathered_anew(tiny_llama):
+    model = tiny_llama()
+    pruner = PolicyPruner(evidence=TOKENS).fit(model)
+    first = pruner.plan(model)
+    for parameter, new in zip(model.parameters(), tiny_llama(seed=5).parameters(), strict=True):
+        parameter.data.copy_(new.data)
+    assert first != pruner.plan(model) == PolicyPruner(evidence=TOKENS).fit(model).plan(model)
+
+
+def test_progress_is_shown_where_the_switch_of_transformers_is_on_and_nothing_is_printed(
+    tiny_llama, capfd
+):
+    switch = transformers.utils.logging
+    was_on = switch.is_progress_bar_enabled()
+    try:
+        switch.enable_progress_bar()
+        spectral().fit(tiny_llama())
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "fit" in err
+        switch.disable_progress_bar()
+        spectral().fit(tiny_llama())
+        assert capfd.readouterr() == ("", "")
+    finally:
+        (switch.enable_progress_bar if was_on else switch.disable_progress_bar)()
+
+
+def test_a_policy_that_cannot_be_written_or_read_says_where(tiny_llama, tmp_path):
+    pruner = spectral().fit(tiny_llama())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolicyFileError, match=r"cannot write the policy to `.*file/policy`"):
+        pruner.save_policy(tmp_path / "file" / "policy")
+    with pytest.raises(PolicyFileError, match=r"holds no policy: `policy_config\.json` is missing"):
+        PolicyPruner.from_policy(tmp_path / "nowhere")
