@@ -1,11 +1,12 @@
 """Where each architecture keeps its FFNs."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from torch import nn
+from transformers.utils import logging
 
 from yopo.adapters.checks import check_model, check_parameters, check_weights
 from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
@@ -23,6 +24,8 @@ __all__ = [
     "norm_gain_and_bias",
     "register_adapter",
 ]
+
+logger = logging.get_logger(__name__)
 
 
 def register_adapter(
@@ -75,13 +78,9 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
     check_model(model)
     found = _distinct(_found_by_layout(model))
     check_parameters(found)
-    rows = {ffn.rows for ffn in found}
-    ffns = found
-    for by_name in (True, False):
-        ffns = _complete(model, found, probe_widths(model, rows, by_name=by_name))
-        if any(ffn.width is not None for ffn in ffns):
-            ffns = [ffn for ffn in ffns if ffn.width is not None]
-            break
+    ffns = _with_fields(model, found)
+    if any(ffn.width is not None for ffn in ffns):
+        ffns = [ffn for ffn in ffns if ffn.width is not None]
     if not ffns:
         raise UnsupportedModelError(
             f"no FFN was found in {type(model).__name__}. If it has one, tell yopo the names of "
@@ -89,32 +88,78 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
         )
     unproved = [ffn for ffn in ffns if not ffn.known]
     if unproved and prove_unknown:
-        prove(model, unproved)
+        ffns = _without_unproved(ffns, found, prove(model, unproved))
     return ffns
 
 
-def _complete(model: nn.Module, found: list[Ffn], probes: list[Probe]) -> list[Ffn]:
-    """Return the FFNs `found` with the fields of `probes`, and those that only `probes` show."""
+def _with_fields(model: nn.Module, found: list[Ffn]) -> list[Ffn]:
+    """Return `found` with the config fields that set their widths, and what only those show.
+
+    Fields named like an FFN's width are tried first; the others where these do not suffice.
+    """
+    probes = probe_widths(model, {ffn.rows for ffn in found}, by_name=True)
+    ffns = _complete(model, found, probes, guess=True)
+    missing = {ffn.rows for ffn in ffns if ffn.width is None}
+    if missing or not ffns:
+        probes += probe_widths(model, missing, by_name=False)
+        ffns = _complete(model, found, probes, guess=not ffns)
+    return ffns
+
+
+def _complete(model: nn.Module, found: list[Ffn], probes: list[Probe], *, guess: bool) -> list[Ffn]:
+    """Return the FFNs `found` with the fields of `probes`, and those that only `probes` show.
+
+    A field that also sizes what belongs to no FFN, such as the input of a projector, is not free.
+    """
     ffns = _with_widths(model, found, probes)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     claimed = {names[id(slot.parameter)] for ffn in ffns for slot in ffn.slots}
-    for probe in probes:
+    for probe in probes if guess else ():
         guessed = list(ffns_by_structure(model, probe, claimed))
         claimed |= {names[id(slot.parameter)] for ffn in guessed for slot in ffn.slots}
         ffns += [replace(ffn, norm=norm_before(model, ffn.path)) for ffn in guessed]
-    return ffns
+    bound = {(probe.path, probe.key) for probe in probes if probe.axes.keys() - claimed}
+    return [
+        replace(ffn, width=None) if ffn.width and (ffn.width.path, ffn.width.key) in bound else ffn
+        for ffn in ffns
+    ]
+
+
+def _without_unproved(ffns: list[Ffn], found: list[Ffn], reasons: Mapping[str, str]) -> list[Ffn]:
+    """Drop guesses that the trial run did not prove, where the model has FFNs besides.
+
+    Raises:
+        UnsupportedModelError: If nothing is left, the user has described what was not proved, or
+            its width cannot stay while that of the others shrinks.
+    """
+    rest = [ffn for ffn in ffns if ffn.name not in reasons]
+    fields = {(ffn.width.path, ffn.width.key) for ffn in rest if ffn.width}
+    for ffn in ffns:
+        if ffn.name not in reasons:
+            continue
+        is_tied = ffn.width is not None and (ffn.width.path, ffn.width.key) in fields
+        if not rest or is_tied or any(ffn.name == other.name for other in found):
+            raise UnsupportedModelError(reasons[ffn.name])
+        logger.info(f"Left alone: {reasons[ffn.name]}")
+    return rest
 
 
 def _found_by_layout(model: nn.Module) -> list[Ffn]:
-    """Return what the table of layouts finds: one layout at most for each module."""
+    """Return what the table of layouts finds, each matrix by the first layout that names it."""
     found: list[Ffn] = []
     for path, module in model.named_modules():
+        taken: set[tuple[int, str]] = set()
         for layout in LAYOUTS:
             ffns = list(ffns_of_module(path, module, layout))
-            if ffns:
-                norm = norm_before(model, path)
-                found += [replace(ffn, norm=norm) for ffn in ffns]
-                break
+            places = {(id(slot.module), slot.name) for ffn in ffns for slot in ffn.slots}
+            if not ffns or places & taken:
+                continue
+            if taken:  # a second FFN of one module is told apart by its own name
+                inner = layout.contract.partition(".")[0]
+                ffns = [replace(ffn, name=f"{ffn.name}.{inner}") for ffn in ffns]
+            norm = norm_before(model, path)
+            found += [replace(ffn, norm=norm) for ffn in ffns]
+            taken |= places
     return found
 
 

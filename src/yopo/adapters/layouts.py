@@ -41,6 +41,19 @@ LAYOUTS: list[Layout] = [
     Layout(("c_fc",), "c_proj"),  # GPT-2 (Conv1D), StarCoder 2
     Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # Falcon, GPT-NeoX, BLOOM
     Layout(("intermediate.dense",), "output.dense"),  # BERT, ViT
+    Layout(("intermediate_query.dense",), "output_query.dense"),  # Q-Former
+    Layout(("layout_intermediate.dense",), "layout_output.dense"),  # LiLT
+    Layout(("lang_inter.dense",), "lang_output.dense"),  # LXMERT
+    Layout(("visn_inter.dense",), "visn_output.dense"),
+    Layout(("intermediate_dense",), "output_dense"),  # wav2vec 2.0 and its relatives
+    Layout(("intermediate",), "output"),  # ProphetNet
+    Layout(("dense.dense",), "output.dense"),  # Reformer
+    Layout(("ffn",), "ffn_output"),  # ALBERT
+    Layout(("ffw_layer_1",), "ffw_layer_2"),  # audio towers of Gemma
+    Layout(("layer_1",), "layer_2"),  # XLNet
+    Layout(("linear_1",), "linear_2"),  # Funnel
+    Layout(("linear1",), "linear2"),  # Parakeet
+    Layout(("linear_fc1",), "linear_fc2"),  # vision towers of Qwen-VL
     Layout(("wi_0", "wi_1"), "wo"),  # T5 1.1
     Layout(("wi",), "wo"),  # T5
     Layout(("Wi",), "Wo"),  # ModernBERT
@@ -49,6 +62,8 @@ LAYOUTS: list[Layout] = [
     Layout(("lin1",), "lin2"),  # XLM, DistilBERT
     Layout(("w_in.w_0", "w_in.w_1"), "w_out"),  # CPM-Ant
     Layout(("input_linear",), "output_linear"),  # JetMoE, Granite
+    Layout(("proj_up_gate", "proj_up"), "proj_down"),  # xLSTM
+    Layout(("proj_up_gate_z",), "proj_down"),  # xLSTM, fused
 ]
 """Rows are tried in this order; `register_adapter` puts new ones in front."""
 
@@ -203,6 +218,8 @@ def _tensor(module: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     child = getattr(parent, path.rpartition(".")[2], None) if parent is not None else None
     if isinstance(child, nn.Parameter) and parent is not None:
         return parent, path.rpartition(".")[2]
+    if isinstance(child, nn.Module) and isinstance(child._modules.get("linear"), nn.Linear):
+        child = child._modules["linear"]  # Gemma clips what goes into some linear maps
     if isinstance(child, nn.Module) and isinstance(getattr(child, "weight", None), Tensor):
         return child, "weight"
     return None

@@ -88,10 +88,10 @@ def probe_widths(model: nn.Module, candidate_rows: set[int], *, by_name: bool) -
         model: A `PreTrainedModel`.
         candidate_rows: Widths to try for fields that are None, such as GPT-2's `n_inner`.
         by_name: Whether to try fields with the name of an FFN's width, or the other fields whose
-            value is one of `candidate_rows`.
+            value is one of `candidate_rows`; all of them where there are no candidates.
     """
     try:
-        base = shapes_of(build_skeleton(model, {}))
+        base = build_skeleton(model, {})
     except Exception:  # a class that cannot be built from its config alone has no field to offer
         return []
     present = {name for name, _ in model.named_parameters()}  # users drop and share layers
@@ -146,14 +146,17 @@ def _candidates(config: Any, rows: set[int], by_name: bool) -> list[tuple[str, i
         if isinstance(value, bool) or not isinstance(value, int | None):
             continue
         named = _WIDTH_NAME.search(key) is not None
-        plausible = (value is None or value > 1) if by_name else value in rows
+        if by_name:
+            plausible = value is None or value > 1
+        else:
+            plausible = value in rows if rows else (value or 0) > 1
         if named == by_name and plausible:
             candidates.append((key, value))
     return candidates
 
 
 def _doubled_axes(
-    model: nn.Module, base: dict[str, tuple[int, ...]], path: tuple[str, ...], key: str, value: int
+    model: nn.Module, base: nn.Module, path: tuple[str, ...], key: str, value: int
 ) -> dict[str, int]:
     """Return the axis that doubles for each parameter, nothing if any changes in another way.
 
@@ -161,13 +164,13 @@ def _doubled_axes(
     """
     try:
         skeleton = build_skeleton(model, {(path, key): value})
-        grown = shapes_of(skeleton)
     except Exception:  # the config refuses the value: not a free width
         return {}
-    if grown.keys() != base.keys():
+    grown = shapes_of(skeleton)
+    if grown.keys() != shapes_of(base).keys() or _buffers_of(skeleton) != _buffers_of(base):
         return {}
     axes = {}
-    for name, shape in base.items():
+    for name, shape in shapes_of(base).items():
         if len(grown[name]) != len(shape):
             return {}
         changed = [axis for axis, size in enumerate(shape) if grown[name][axis] != size]
@@ -179,3 +182,10 @@ def _doubled_axes(
             return {}
         axes[name] = changed[0]
     return axes
+
+
+def _buffers_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of everything that is saved without being a parameter."""
+    saved = model.state_dict().items()
+    parameters = shapes_of(model)
+    return {name: tuple(tensor.shape) for name, tensor in saved if name not in parameters}
