@@ -27,7 +27,8 @@ def load(source: str | Path, **kwargs: Any) -> Any:
         The model, an instance of the class that its config names.
 
     Raises:
-        InvalidArgumentError: If the folder holds no config, or names no class of transformers.
+        InvalidArgumentError: If the folder holds no config, names no class of transformers, or
+            gives widths that the model does not have.
         OSError: If there is no such folder and no such model on the hub.
 
     Example:
@@ -72,9 +73,16 @@ def _resized_class(model_class: type[nn.Module], widths: dict[str, int]) -> Any:
 def _resize(model: nn.Module, widths: dict[str, int]) -> None:
     """Cut the FFNs of a freshly built model to `widths`; its weights do not matter yet."""
     ffns = find_ffns(model, prove_unknown=False)
-    if not widths.keys() <= {ffn.name for ffn in ffns}:
+    if not set(widths) <= {ffn.name for ffn in ffns}:
         ffns += find_attention_units(model)
-    kept = {ffn.name: torch.arange(widths.get(ffn.name, ffn.rows), device="cpu") for ffn in ffns}
     rows = {ffn.name: ffn.rows for ffn in ffns}
+    if not isinstance(widths, dict) or not all(
+        isinstance(width, int) and 0 < width <= rows.get(name, 0) for name, width in widths.items()
+    ):
+        raise InvalidArgumentError(
+            f"`{WIDTHS_KEY}` in the config of {type(model).__name__} do not fit its FFNs, which "
+            f"run from `{ffns[0].name}` to `{ffns[-1].name}`."
+        )
+    kept = {ffn.name: torch.arange(widths.get(ffn.name, ffn.rows), device="cpu") for ffn in ffns}
     setattr(model.config, WIDTHS_KEY, None)
     cut_rows(model, PruningPlan(kept=kept, rows=rows, ratio=0.0), ffns)
