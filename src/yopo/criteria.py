@@ -4,7 +4,7 @@ Shapes: F rows, D model width. A criterion is a function from an FFN to scores `
 wants another one writes that function and hands it to `plan_by_criterion`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,8 @@ def plan_by_criterion(
     ffns = find_ffns(model)
     check_weights(ffns)
     widths = plan_widths(ffns, ratio, multiple_of=multiple_of)
-    return plan_from_scores(ffns, ratio, widths, [_scores(criterion, ffn) for ffn in ffns])
-
-
-def plan_from_scores(
-    ffns: Sequence[Ffn], ratio: float, widths: dict[str, int], scores: Sequence[Tensor]
-) -> PruningPlan:
-    """Keep the best-scored rows of each FFN."""
     kept = {
-        ffn.name: best_rows(scores_F, keep=widths[ffn.name]).cpu()
-        for ffn, scores_F in zip(ffns, scores, strict=True)
+        ffn.name: best_rows(_scores(criterion, ffn), keep=widths[ffn.name]).cpu() for ffn in ffns
     }
     return PruningPlan(kept=kept, rows={ffn.name: ffn.rows for ffn in ffns}, ratio=ratio)
 

@@ -9,7 +9,7 @@ are means and second moments over tokens, so states are summed up as they come a
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.utils import logging
 
 from yopo.adapters import Ffn, norm_gain_and_bias
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
@@ -89,7 +88,7 @@ def write_tokens(
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             batches = _batches(sequences, _sequences_at_once(model, length))
-            for batch in logging.tqdm(batches, desc="write", unit="batch"):
+            for batch in _with_progress(batches, "write"):
                 prompt_ids = _prompt(config, batch, length, model.config.is_encoder_decoder)
                 written.append(_write(model, prompt_ids.to(device), length))
     except RuntimeError as error:
@@ -124,7 +123,7 @@ def read_moments(
     try:
         model.eval()
         with _eager_experts(model), torch.no_grad(), _Watch(ffns, sums):
-            for start in logging.tqdm(range(0, rows, _BATCH), desc="read", unit="batch"):
+            for start in _with_progress(range(0, rows, _BATCH), "read"):
                 batch = {key: value[start : start + _BATCH] for key, value in inputs.items()}
                 model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     finally:
@@ -398,3 +397,11 @@ def _sequences_at_once(model: nn.Module, length: int) -> int:
 def _batches(total: int, size: int) -> list[int]:
     """Split `total` into batches of at most `size`."""
     return [min(size, total - start) for start in range(0, total, size)]
+
+
+def _with_progress(batches: Iterable[int], verb: str) -> Iterable[int]:
+    """Return `batches` under the progress bar of transformers, which users can switch off."""
+    from transformers.utils.logging import tqdm
+
+    shown: Iterable[int] = tqdm(batches, desc=verb, unit="batch")
+    return shown

@@ -1,12 +1,12 @@
 """Where each architecture keeps its FFNs."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from torch import nn
-from transformers.utils import logging
 
 from yopo.adapters.checks import check_model, check_parameters, check_weights
 from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
@@ -25,7 +25,7 @@ __all__ = [
     "register_adapter",
 ]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def register_adapter(
