@@ -1,0 +1,78 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import yopo
+from yopo.cli import main
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    path = tmp_path / "model"
+    tiny_model("llama").save_pretrained(path)
+    return str(path)
+
+
+def test_info_tells_what_each_ratio_would_remove(saved, capsys):
+    assert main(["info", saved, "--ratio", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "intermediate_size" in printed
+    removed = 2 * 40 * 3 * 32  # layers, rows, matrices, columns
+    assert f"{removed:,}" in printed
+
+
+def test_a_policy_fitted_on_the_command_line_prunes_like_one_fitted_in_python(
+    saved, tmp_path, capsys
+):
+    policy, output = tmp_path / "policy", tmp_path / "pruned"
+    spectral = ["--reward", "spectral", "--episodes", "2"]
+    assert main(["fit", saved, "--output", str(policy), *spectral]) == 0
+    settings = ["--policy", str(policy), "--ratio", "0.25"]
+    assert main(["prune", saved, "--output", str(output), *settings]) == 0
+    assert "Removed 40 of 160 FFN rows" in capsys.readouterr().out
+    pruned = AutoModelForCausalLM.from_pretrained(output)
+    expected = yopo.PolicyPruner(reward="spectral", episodes=2).fit(yopo.load(saved))
+    expected = expected.prune(yopo.load(saved), 0.25)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, pruned.state_dict()[name]), name
+
+
+def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
+    output = tmp_path / "pruned"
+    arguments = ["--layers", "1", "--method", "prunenet", "--episodes", "1"]
+    assert main(["prune", saved, "--output", str(output), *arguments]) == 0
+    widths = [ffn.rows for ffn in yopo.find_ffns(yopo.load(output))]
+    assert widths == [80, 56]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "{model}", "--output", "{new}", "--ratio", "1.2"], "`ratio` must be in [0, 1)"),
+        (["prune", "{model}", "--output", "{model}"], "exists and is not empty"),
+        (["prune", "{new}", "--output", "{new}"], "{new}"),
+        (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
+        (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
+        (["info", "{folder}"], "config.json"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line_and_nothing_is_written(
+    saved, tmp_path, capsys, arguments, message
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    places = {"model": saved, **{n: str(tmp_path / n) for n in ("new", "file", "folder")}}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("yopo: error: ")
+    assert message.format(**places) in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupt_ends_the_command_quietly(saved, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("yopo.cli.find_ffns", interrupted)
+    assert main(["info", saved]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "yopo: interrupted"

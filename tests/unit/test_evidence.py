@@ -1,0 +1,157 @@
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaModel
+
+from yopo import InvalidArgumentError, UnsupportedModelError, find_ffns
+from yopo.evidence import Evidence, can_write, imagine_moments, read_moments, write_tokens
+
+
+def independent_units(model, ids, module):
+    """Return what enters `module`, as plain hooks see it."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return torch.cat([states.reshape(-1, states.shape[-1]) for states in seen]).double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "contract"),
+    [
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("opt", "model.decoder.layers.1.fc2"),
+        ("gpt2", "transformer.h.1.mlp.c_proj"),
+        ("phi3", "model.layers.1.mlp.down_proj"),
+    ],
+)
+def test_moments_are_means_over_all_tokens_of_what_enters_the_contract_matrix(
+    tiny_model, kind, contract
+):
+    model = tiny_model(kind)
+    ids = torch.randint(3, 60, (40, 12), generator=torch.Generator().manual_seed(0))
+    units = independent_units(model, ids, model.get_submodule(contract))
+    ffn = find_ffns(model)[1]
+    moments = read_moments(model, [ffn], {"input_ids": ids})[ffn.name]
+    assert moments.tokens == len(units) == 480
+    torch.testing.assert_close(moments.second_FF, units.T @ units / 480, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments.mean_F, units.mean(dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        moments.covariance(), torch.cov(units.T, correction=0), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_an_expert_is_judged_by_the_tokens_that_are_sent_to_it(tiny_model):
+    model = tiny_model("qwen2_moe")
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    experts = model.model.layers[0].mlp.experts
+    seen = []
+    handle = experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    (states, chosen, _), expert = seen[0], 2
+    mine = states[(chosen == expert).any(dim=-1)]
+    gate, up = (mine @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+    units = (torch.nn.functional.silu(gate) * up).detach().double()
+    ffn = next(f for f in find_ffns(model) if f.name == f"model.layers.0.mlp.experts.{expert}")
+    moments = read_moments(model, [ffn], {"input_ids": ids})[ffn.name]
+    assert 0 < moments.tokens == len(units) < 48
+    torch.testing.assert_close(
+        moments.second_FF, units.T @ units / len(units), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_reading_leaves_the_expert_implementation_and_the_mode_as_they_were(tiny_model):
+    model = tiny_model("qwen2_moe").train()
+    before = model.config._experts_implementation
+    read_moments(model, find_ffns(model), {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    assert model.config._experts_implementation == before
+    assert model.training
+
+
+def test_the_same_seed_writes_the_same_text_and_no_global_generator_moves(tiny_model):
+    model = tiny_model("llama")
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first = write_tokens(model, sequences=6, length=10, seed=3)["input_ids"]
+    again = write_tokens(model, sequences=6, length=10, seed=3)["input_ids"]
+    other = write_tokens(model, sequences=6, length=10, seed=4)["input_ids"]
+    assert first.shape == (6, 10)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+
+
+def test_text_neither_ends_early_nor_outgrows_the_model(tiny_model):
+    model = tiny_model("opt")
+    ids = write_tokens(model, sequences=8, length=500)["input_ids"]
+    assert ids.shape == (8, model.config.max_position_embeddings)
+    assert not (ids == model.config.eos_token_id).any()
+
+
+def test_an_encoder_decoder_reads_and_writes(tiny_model):
+    model = tiny_model("t5", decoder_start_token_id=0)
+    inputs = write_tokens(model, sequences=2, length=6)
+    assert inputs["input_ids"].shape == (2, 6)
+    assert inputs["decoder_input_ids"].shape[0] == 2
+    moments = read_moments(model, find_ffns(model), inputs)
+    assert all(found.tokens > 0 for found in moments.values())
+
+
+def test_a_model_that_writes_nan_is_refused(tiny_model):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(UnsupportedModelError, match="writes NaN"):
+        write_tokens(model, sequences=2, length=4)
+
+
+def test_a_model_without_a_head_cannot_write_and_is_judged_from_its_weights(tiny_model):
+    headless = tiny_model("llama").model
+    assert isinstance(headless, LlamaModel)
+    assert not can_write(headless)
+    with pytest.raises(UnsupportedModelError, match="evidence='weights'"):
+        list(Evidence("self", seed=0).moments(headless, find_ffns(headless)))
+    imagined = list(Evidence("auto", seed=0).moments(headless, find_ffns(headless)))
+    assert len(imagined) == 2
+
+
+def test_imagined_inputs_are_normalised_noise_times_the_gain_of_the_norm(tiny_model):
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    ffn = find_ffns(model)[0]
+    moments = imagine_moments(model, ffn, tokens=20000, seed=0)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        states = layer.post_attention_layernorm(torch.randn(20000, 32, generator=generator))
+        units = layer.mlp.act_fn(layer.mlp.gate_proj(states)) * layer.mlp.up_proj(states)
+    expected = (units.T @ units / 20000).double()
+    assert (moments.second_FF - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["nonsense", torch.zeros(3), torch.zeros(2, 3), torch.zeros(0, 4)])
+def test_unusable_evidence_is_refused_by_name(kind):
+    with pytest.raises(InvalidArgumentError, match="`evidence`"):
+        Evidence(kind, seed=0)
+
+
+def test_moments_are_remembered_only_for_the_same_weights(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    evidence = Evidence(torch.arange(3, 43).view(4, 10), seed=0)
+    first = {ffn.name: found for ffn, found in evidence.moments(model, find_ffns(model))}
+    twin = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("yopo.evidence.read_moments", None)
+        for ffn, found in evidence.moments(twin, find_ffns(twin)):
+            assert found is first[ffn.name]
+    with torch.no_grad():
+        twin.model.layers[0].mlp.gate_proj.weight[0, 0] += 1
+    changed = {ffn.name: found for ffn, found in evidence.moments(twin, find_ffns(twin))}
+    name = "model.layers.0.mlp"
+    assert not torch.equal(changed[name].second_FF, first[name].second_FF)

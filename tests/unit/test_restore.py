@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from yopo.evidence import Moments
+from yopo.restore import restore_contract
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, generator=generator).double()
+    units = torch.randn(500, 24, generator=generator).double() @ mixing + 0.5
+    contract = torch.randn(24, 6, generator=generator).double()
+    kept = torch.tensor([0, 2, 3, 5, 8, 11, 12, 13, 17, 20, 21, 23])
+    return units, contract, kept
+
+
+def moments_of(units):
+    return Moments(units.T @ units / len(units), units.mean(dim=0), len(units))
+
+
+def test_without_a_bias_it_is_the_least_squares_solution(data):
+    units, contract, kept = data
+    solution = torch.linalg.lstsq(units[:, kept], units @ contract).solution
+    restored = restore_contract(
+        moments_of(units), contract, None, kept, dtype=torch.float64, ridge=1e-12
+    )
+    torch.testing.assert_close(restored.contract_KD, solution, rtol=1e-6, atol=1e-8)
+    assert restored.bias_D is None
+    target = units @ contract
+    error = (units[:, kept] @ solution - target).square().sum() / target.square().sum()
+    assert restored.error == pytest.approx(float(error), rel=1e-6)
+
+
+def test_with_a_bias_it_is_the_least_squares_solution_with_an_intercept(data):
+    units, contract, kept = data
+    bias = torch.linspace(-1, 1, 6).double()
+    ones = torch.ones(len(units), 1).double()
+    solution = torch.linalg.lstsq(
+        torch.cat([units[:, kept], ones], dim=1), units @ contract + bias
+    ).solution
+    restored = restore_contract(
+        moments_of(units), contract, bias, kept, dtype=torch.float64, ridge=1e-12
+    )
+    torch.testing.assert_close(restored.contract_KD, solution[:-1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(restored.bias_D, solution[-1], rtol=1e-6, atol=1e-7)
+
+
+def test_weights_without_evidence_stay_as_they_are(data):
+    _, contract, kept = data
+    silent = Moments(torch.zeros(24, 24).double(), torch.zeros(24).double(), 0)
+    restored = restore_contract(silent, contract, None, kept, dtype=torch.float64)
+    assert torch.equal(restored.contract_KD, contract[kept])
+
+
+def test_fewer_tokens_than_rows_never_make_the_output_worse(data):
+    units, contract, kept = data
+    restored = restore_contract(moments_of(units[:5]), contract, None, kept, dtype=torch.float64)
+    assert restored.error <= restored.error_before
+    assert torch.isfinite(restored.contract_KD).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_is_that_of_the_rounded_weights(data, dtype):
+    units, contract, kept = data
+    contract = contract.to(dtype)
+    restored = restore_contract(moments_of(units), contract, None, kept, dtype=dtype)
+    assert restored.contract_KD.dtype == dtype
+    target = units @ contract.double()
+    error = (units[:, kept] @ restored.contract_KD.double() - target).square().sum()
+    assert restored.error == pytest.approx(float(error / target.square().sum()), rel=1e-6)
+
+
+def test_rounding_that_spoils_the_solution_falls_back_to_the_weights_as_they_are(data):
+    units, contract, kept = data
+    alone = units.clone()
+    dropped = torch.ones(24, dtype=torch.bool)
+    dropped[kept] = False
+    alone[:, dropped] = 0.0  # nothing to win: the dropped units are silent
+    restored = restore_contract(moments_of(alone), contract, None, kept, dtype=torch.float32)
+    assert torch.equal(restored.contract_KD, contract[kept])
+    assert restored.error == restored.error_before
