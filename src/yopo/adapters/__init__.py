@@ -112,13 +112,12 @@ def _complete(model: nn.Module, found: list[Ffn], probes: list[Probe], *, guess:
     A field that also sizes what belongs to no FFN, such as the input of a projector, is not free.
     """
     ffns = _with_widths(model, found, probes)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    claimed = {names[id(slot.parameter)] for ffn in ffns for slot in ffn.slots}
+    claimed = _axes(model, ffns)
     for probe in probes if guess else ():
-        guessed = list(ffns_by_structure(model, probe, claimed))
-        claimed |= {names[id(slot.parameter)] for ffn in guessed for slot in ffn.slots}
+        guessed = list(ffns_by_structure(model, probe, {name for name, _ in claimed}))
+        claimed |= _axes(model, guessed)
         ffns += [replace(ffn, norm=norm_before(model, ffn.path)) for ffn in guessed]
-    bound = {(probe.path, probe.key) for probe in probes if probe.axes.keys() - claimed}
+    bound = {(probe.path, probe.key) for probe in probes if probe.axes.items() - claimed}
     return [
         replace(ffn, width=None) if ffn.width and (ffn.width.path, ffn.width.key) in bound else ffn
         for ffn in ffns
@@ -190,11 +189,11 @@ def _with_widths(model: nn.Module, ffns: list[Ffn], probes: list[Probe]) -> list
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shapes = shapes_of(model)
     dense = shapes_of(build_skeleton(model, {})) if probes else {}
-    by_contract: dict[str, Probe] = {}
+    by_axis: dict[tuple[str, int], Probe] = {}
     for probe in probes:
         if all(dense[name] == shapes[name] for name in probe.axes):
-            by_contract = dict.fromkeys(probe.axes, probe) | by_contract
-    chosen = {ffn.name: by_contract.get(names[id(ffn.contract.parameter)]) for ffn in ffns}
+            by_axis = dict.fromkeys(probe.axes.items(), probe) | by_axis
+    chosen = {ffn.name: by_axis.get(_place(ffn.contract, names)) for ffn in ffns}
     extras: dict[str, list[Slot]] = defaultdict(list)
     for used in {id(probe): probe for probe in chosen.values() if probe is not None}.values():
         for owner, slot in _companions(model, ffns, used):
@@ -209,16 +208,25 @@ def _with_widths(model: nn.Module, ffns: list[Ffn], probes: list[Probe]) -> list
     ]
 
 
+def _axes(model: nn.Module, ffns: Sequence[Ffn]) -> set[tuple[str, int]]:
+    """Return by name the parameters in which `ffns` have rows, with the axis they run along."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {_place(slot, names) for ffn in ffns for slot in ffn.slots}
+
+
+def _place(slot: Slot, names: Mapping[int, str]) -> tuple[str, int]:
+    return names[id(slot.parameter)], slot.axis + (slot.expert is not None)
+
+
 def _companions(model: nn.Module, ffns: list[Ffn], probe: Probe) -> list[tuple[str, Slot]]:
     """Return parameters that grow with an FFN without being matrices of it, with their owner.
 
     The gain of a norm between expand and contract is one.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    claimed = {names[id(slot.parameter)] for ffn in ffns for slot in ffn.slots}
+    claimed = {name for name, _ in _axes(model, ffns)}
     companions = []
     for name, axis in probe.axes.items():
-        if name in claimed or names.get(id(model.get_parameter(name))) != name:
+        if name in claimed:
             continue
         owners = [ffn for ffn in ffns if name.startswith(ffn.path + ".")]
         if not owners:

@@ -6,6 +6,7 @@ same comparison proves, before a cut, that stock `from_pretrained` will build th
 """
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,12 +64,11 @@ def build_skeleton(
     Raises:
         Exception: Whatever the class raises for such a config.
     """
-    config = copy.deepcopy(model.config)
-    for _, nested in nested_configs(config):
-        if isinstance(getattr(nested, "dtype", None), str):  # as `save_pretrained` leaves it
-            nested.dtype = getattr(torch, nested.dtype)
+    changed = copy.deepcopy(model.config)
     for (path, key), value in widths.items():
-        write_width(config_at(config, path), key, value)
+        write_width(config_at(changed, path), key, value)
+    # Saved and read, because a config may derive some of its fields when it is read.
+    config = type(changed).from_dict(json.loads(changed.to_json_string()))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
