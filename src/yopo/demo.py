@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from yopo import criteria
 from yopo.adapters import find_ffns
 from yopo.criteria import plan_by_criterion
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError, UnsupportedModelError, YopoError
 from yopo.evaluation import perplexity
 from yopo.pruner import PolicyPruner
 from yopo.report import format_table, plot_perplexities, sizes_of
@@ -36,6 +36,7 @@ def run_demo(model_id: str | None, *, text: Path | None, output: Path) -> None:
 
     Raises:
         InvalidArgumentError: If the text is too short or cannot be read.
+        UnsupportedModelError: If the model is no causal language model, or has no tokenizer.
         YopoError: Whatever pruning raises.
     """
     started = time.perf_counter()
@@ -83,8 +84,13 @@ def _load(model_id: str | None) -> tuple[nn.Module, Any]:
 
     source = model_id or str(model_path())
     dtype = "auto" if model_id else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        return model, AutoTokenizer.from_pretrained(source)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"the demo needs a causal language model with a tokenizer: {error}"
+        ) from error
 
 
 def _tokens(tokenizer: Any, text: Path | None) -> Tensor:
