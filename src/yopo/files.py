@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def write_folder(
 ) -> None:
     """Write `{kind}.safetensors`, `{kind}_config.json` and an optional card into the folder `path`.
 
-    Everything is written beside its place and then moved there, so that no reader sees half a
-    file. The config, which moves last, holds the checksum of the tensors it belongs to.
+    Everything is written beside its place, inside the folder, and then moved there, so that no
+    reader sees half a file. The config, which moves last, holds the checksum of the tensors it
+    belongs to.
 
     Raises:
         PolicyFileError: If the folder cannot be written.
@@ -42,8 +44,9 @@ def write_folder(
         for name, tensor in tensors.items()
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=folder.parent))
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=folder))
         try:
             # Not `save_file`, whose files only their owner may read, whatever the umask says.
             (staging / f"{kind}.safetensors").write_bytes(save(copies, {"format": "pt"}))
@@ -57,12 +60,14 @@ def write_folder(
                 (staging / "README.md").write_text(card, encoding="utf-8")
             text = json.dumps(document, indent=2) + "\n"
             (staging / f"{kind}_config.json").write_text(text, encoding="utf-8")
-            folder.mkdir(exist_ok=True)
             for name in ("README.md", f"{kind}.safetensors", f"{kind}_config.json"):
                 if (staging / name).exists():
                     (staging / name).replace(folder / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):  # a folder that holds what was written stays
+                    folder.rmdir()
     except (OSError, SafetensorError) as error:
         raise PolicyFileError(f"cannot write the {kind} to `{folder}`: {error}.") from error
 

@@ -173,7 +173,7 @@ def learn_as_published(
             )
             reward_1, ks_1 = spectral_reward(spectrum, drawn_1K.sort().values)
             kept.append(drawn_1K[0])
-            earned.append(reward_1[0])
+            earned.append(reward_1[0].cpu())  # layers may lie on different devices
             distances.append(float(ks_1))
         returns_L = discounted(torch.stack(earned), recipe.discount)
         losses, norms = [], []

@@ -43,8 +43,8 @@ class PruneNetScorer(nn.Module):
         return self.row_vector_N @ self.weight_ND, self.row_vector_N @ self.bias_N
 
     def forward(self, weight_FD: Tensor) -> Tensor:
-        """Return the log-odds `(F,)` of keeping each row of `weight_FD`."""
-        vector_D, constant = self.collapsed()
+        """Return the log-odds `(F,)` of keeping each row of `weight_FD`, on its device."""
+        vector_D, constant = (value.to(weight_FD.device) for value in self.collapsed())
         return weight_FD @ vector_D + constant
 
 

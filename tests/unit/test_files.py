@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,40 @@ def test_a_path_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, 
     with pytest.raises(PolicyFileError, match=r"cannot write the plan to `.*file"):
         write(tmp_path / below)
     assert contents(tmp_path) == {"file": b"in the way"}
+
+
+def test_a_folder_that_may_be_written_is_enough_whatever_its_parent_allows():
+    parent = Path(tempfile.mkdtemp())
+    parent.chmod(0o755)
+    (parent / "plan").mkdir()
+    user = 65534 if os.geteuid() == 0 else os.geteuid()
+    os.chown(parent / "plan", user, -1)
+    (parent).chmod(0o555)
+    root = os.geteuid()
+    os.seteuid(user)
+    try:
+        write(parent / "plan")
+        assert sorted(contents(parent / "plan")) == ["plan.safetensors", "plan_config.json"]
+        with pytest.raises(PolicyFileError, match=r"cannot write the plan to"):
+            write(parent / "other")
+    finally:
+        os.seteuid(root)
+        parent.chmod(0o755)
+        shutil.rmtree(parent)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_write_that_fails_leaves_no_new_folder(tmp_path, monkeypatch, existed):
+    if existed:
+        (tmp_path / "plan").mkdir()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("yopo.files.save", full)
+    with pytest.raises(PolicyFileError, match=r"No space left on device"):
+        write(tmp_path / "plan")
+    assert [file.name for file in tmp_path.rglob("*")] == (["plan"] if existed else [])
 
 
 def test_a_write_that_fails_leaves_the_old_files_as_they_were(tmp_path, monkeypatch):
