@@ -3,10 +3,11 @@
     python benchmarks/learning.py
 
 Mean Kolmogorov-Smirnov distance at ratio 0.3 of the policy's own start, of what it has learned, of
-the norms and of random rows, and beside it the perplexity that each selection leaves. Writes
-results/learning.json and .md.
+the norms and of random rows, and beside it the perplexity that each selection leaves. Then what
+20 episodes on the output reward add to greedy elimination. Writes results/learning.json and .md.
 """
 
+import math
 import statistics
 from typing import Any
 
@@ -16,9 +17,11 @@ import yopo
 from common import RESULTS, Subject, keep_result, quiet, subjects
 from yopo import criteria
 from yopo.evaluation import perplexity
+from yopo.moments import read_moments
 from yopo.report import format_table
-from yopo.reward import spectral_reward
+from yopo.reward import output_reward, spectral_reward
 from yopo.spectrum import Spectrum
+from yopo.writing import write_tokens
 
 RATIO = 0.3
 RANDOM_SEEDS = 20
@@ -30,6 +33,19 @@ def mean_ks(model: Any, plan: yopo.PruningPlan) -> float:
         float(spectral_reward(Spectrum.of(ffn.expand_weights()[0]), plan.kept[ffn.name][None])[1])
         for ffn in yopo.find_ffns(model)
     )
+
+
+def output_error(model: Any, plan: yopo.PruningPlan, inputs: dict[str, torch.Tensor]) -> float:
+    """Return the FFNs' output error on `inputs` after restoring, as a geometric mean of layers."""
+    ffns = yopo.find_ffns(model)
+    moments = read_moments(model, ffns, inputs)
+    rewards = []
+    for ffn in ffns:
+        found = moments[ffn.name]
+        second_FF = found.second_FF if ffn.contract_bias() is None else found.covariance()
+        kept_1K = plan.kept[ffn.name][None]
+        rewards.append(float(output_reward(second_FF, ffn.contract_weight(), kept_1K)))
+    return math.exp(-statistics.fmean(rewards))
 
 
 def measure(subject: Subject) -> dict[str, Any]:
@@ -59,6 +75,11 @@ def measure(subject: Subject) -> dict[str, Any]:
         yopo.apply_plan(pruned, plan)
         left[name] = perplexity(pruned, subject.test_T)
     ks = {name: mean_ks(model, plan) for name, plan in plans.items()}
+    inputs = write_tokens(model)
+    tuned = yopo.PolicyPruner(
+        ratio=RATIO, episodes=20, evidence=inputs["input_ids"], multiple_of=1
+    ).fit(model)
+    closed = yopo.PolicyPruner(ratio=RATIO, evidence=inputs["input_ids"], multiple_of=1).fit(model)
     ks["random rows"] = statistics.fmean(distances)
     return {
         "model": subject.name,
@@ -66,6 +87,11 @@ def measure(subject: Subject) -> dict[str, Any]:
         "random_deviation": statistics.stdev(distances),
         "deviations_below_random": (ks["random rows"] - ks["learned"])
         / statistics.stdev(distances),
+        "output_error": {
+            "elimination": output_error(model, closed.plan(model), inputs),
+            "after 20 episodes": output_error(model, tuned.plan(model), inputs),
+            "random rows": output_error(model, randoms[0], inputs),
+        },
         "perplexity": left | {"dense": perplexity(model, subject.test_T)},
     }
 
@@ -83,9 +109,15 @@ def main() -> None:
         table.append([row["model"], "KS", *(f"{row['ks'][name]:.4f}" for name in names)])
         cells = [f"{row['perplexity'][n]:.2f}" if n in row["perplexity"] else "" for n in names]
         table.append(["", f"perplexity (dense {row['perplexity']['dense']:.2f})", *cells])
+    errors = [["model", *rows[0]["output_error"]]]
+    for row in rows:
+        errors.append([row["model"], *(f"{value:.5f}" for value in row["output_error"].values())])
     page = f"# What the spectral reward teaches\n\nRatio {RATIO}, nothing restored.\n\n"
-    (RESULTS / "learning.md").write_text(page + format_table(table) + "\n", encoding="utf-8")
-    print(format_table(table))
+    page += format_table(table) + "\n\n# What learning adds to elimination\n\n"
+    page += "Output error of the FFNs after restoring, geometric mean of the layers.\n\n"
+    page += format_table(errors) + "\n"
+    (RESULTS / "learning.md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

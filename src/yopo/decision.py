@@ -12,7 +12,8 @@ from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
 from yopo.elimination import ffn_elimination_order
-from yopo.evidence import Evidence, Moments
+from yopo.evidence import Evidence
+from yopo.moments import Moments
 from yopo.plan import PruningPlan
 from yopo.policy import Policy
 from yopo.restore import Restored, restore_contract

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from yopo.adapters import Ffn
-from yopo.evidence import Moments
+from yopo.moments import Moments
 
 _BLOCK = 64
 

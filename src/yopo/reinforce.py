@@ -13,8 +13,8 @@ from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
 from yopo.elimination import ffn_elimination_order
-from yopo.evidence import Moments
 from yopo.features import row_features
+from yopo.moments import Moments
 from yopo.policy import Policy, Recipe
 from yopo.reward import discounted, output_reward, spectral_reward
 from yopo.sampling import best_rows, draw_log_probability, draw_rows

@@ -3,7 +3,9 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -91,10 +93,9 @@ def plot_perplexities(
     figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense, color="0.5", linestyle=":", label="dense")
-    for (name, values), marker in zip(perplexities.items(), "os^vDPX*", strict=False):
-        is_ours = name.startswith("yopo")
-        width, order = (2.5, 3) if is_ours else (1.5, 2)
-        axes.plot(ratios, values, marker=marker, linewidth=width, label=name, zorder=order)
+    for (name, values), marker in zip(perplexities.items(), cycle("os^vDPX<>"), strict=False):
+        style: dict[str, Any] = {"color": "crimson", "linewidth": 3.0} if name == "yopo" else {}
+        axes.plot(ratios, values, marker=marker, label=name, **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

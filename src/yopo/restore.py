@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yopo.evidence import Moments
+from yopo.moments import Moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)

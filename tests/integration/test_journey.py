@@ -12,7 +12,7 @@ from yopo import criteria
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 from yopo.evaluation import perplexity
-from yopo.evidence import read_moments
+from yopo.moments import read_moments
 from yopo.reward import output_reward, spectral_reward
 from yopo.spectrum import Spectrum
 

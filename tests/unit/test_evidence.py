@@ -7,7 +7,9 @@ import torch
 from transformers import LlamaModel
 
 from yopo import InvalidArgumentError, UnsupportedModelError, find_ffns
-from yopo.evidence import Evidence, can_write, imagine_moments, read_moments, write_tokens
+from yopo.evidence import Evidence
+from yopo.moments import imagine_moments, read_moments
+from yopo.writing import can_write, write_tokens
 
 
 def independent_units(model, ids, module):

@@ -16,9 +16,9 @@ SOURCE = Path(yopo.__file__).parent
 MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__.py")
 
 ORDER = (
-    "errors files adapters plan sampling surgery loading spectrum reward evidence elimination "
-    "features scorer restore criteria policy decision reinforce pruner evaluation report embedded "
-    "demo cli"
+    "errors files adapters plan sampling surgery loading spectrum reward writing moments "
+    "evidence elimination features scorer restore criteria policy decision reinforce pruner "
+    "evaluation report embedded demo cli"
 ).split()
 """A module may import only those before it."""
 

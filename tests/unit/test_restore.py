@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from yopo.evidence import Moments
+from yopo.moments import Moments
 from yopo.restore import restore_contract
 
 

@@ -1,0 +1,191 @@
+"""Means and second moments of hidden units, over text or over imagined inputs.
+
+Shapes: F rows of an FFN, D model width, T tokens.
+
+A hidden unit is an input of the contract matrix. All that selection and restoring need of the units
+are means and second moments over tokens, so states are summed up as they come and never stored.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from yopo.adapters import Ffn, norm_gain_and_bias
+from yopo.errors import UnsupportedModelError
+from yopo.writing import split_into, with_progress
+
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Hold what is known of the hidden units of one FFN.
+
+    Attributes:
+        second_FF: Mean of hᵀh over tokens, float64.
+        mean_F: Mean of h over tokens, float64.
+        tokens: How many tokens were seen.
+    """
+
+    second_FF: Tensor
+    mean_F: Tensor
+    tokens: int
+
+    def covariance(self) -> Tensor:
+        """Return the covariance of h, `(F, F)` in float64."""
+        return self.second_FF - torch.outer(self.mean_F, self.mean_F)
+
+
+def read_moments(
+    model: nn.Module, ffns: Sequence[Ffn], inputs: dict[str, Tensor]
+) -> dict[str, Moments]:
+    """Run `model` on `inputs` and return the moments of the hidden units of `ffns`, by name.
+
+    Args:
+        model: The model that holds `ffns`.
+        ffns: FFNs whose moments fit into memory together: F² numbers each.
+        inputs: Keyword arguments of the model, batch first.
+    """
+    sums = {ffn.name: _Sums.zeros(ffn) for ffn in ffns}
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and all(ffn.path.startswith(f"{prefix}.") for ffn in ffns):
+        model = model.get_submodule(prefix)  # the head costs most of a pass and holds no FFN
+    device = next(model.parameters()).device
+    rows = len(next(iter(inputs.values())))
+    training = model.training
+    try:
+        model.eval()
+        with _eager_experts(model), torch.no_grad(), _Watch(ffns, sums):
+            for start in with_progress(range(0, rows, _BATCH), "read"):
+                batch = {key: value[start : start + _BATCH] for key, value in inputs.items()}
+                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+    finally:
+        model.train(training)
+    return {name: total.moments() for name, total in sums.items()}
+
+
+def imagine_moments(model: nn.Module, ffn: Ffn, *, tokens: int, seed: int) -> Moments:
+    """Return the moments that the hidden units of `ffn` would have for Gaussian inputs.
+
+    Nothing of the model is run but the activation: inputs are normalised Gaussian vectors times
+    the gain, plus the bias, of the norm that feeds the FFN.
+
+    Raises:
+        UnsupportedModelError: If the activation of the FFN is not found.
+    """
+    total = _Sums.zeros(ffn)
+    width = ffn.expand_weights()[0].shape[1]
+    gain_D, bias_D = norm_gain_and_bias(ffn, width)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in split_into(tokens, 4096):
+        noise_TD = torch.randn(batch, width, generator=generator)
+        noise_TD /= noise_TD.square().mean(dim=1, keepdim=True).sqrt()
+        states_TD = noise_TD * gain_D.cpu() + bias_D.cpu()
+        total.add(_hidden_units(model, ffn, states_TD.to(ffn.contract.parameter.device)))
+    return total.moments()
+
+
+class _Sums:
+    """Sum up hidden units and their products."""
+
+    def __init__(self, second_FF: Tensor, first_F: Tensor) -> None:
+        self.second_FF, self.first_F, self.tokens = second_FF, first_F, 0
+
+    @classmethod
+    def zeros(cls, ffn: Ffn) -> "_Sums":
+        device = ffn.contract.parameter.device
+        first_F = torch.zeros(ffn.rows, dtype=torch.float64, device=device)
+        return cls(first_F.new_zeros(ffn.rows, ffn.rows), first_F)
+
+    def add(self, hidden_TF: Tensor) -> None:
+        hidden_TF = hidden_TF.detach().reshape(-1, hidden_TF.shape[-1]).float()
+        self.second_FF += hidden_TF.T @ hidden_TF
+        self.first_F += hidden_TF.sum(dim=0)
+        self.tokens += len(hidden_TF)
+
+    def moments(self) -> Moments:
+        count = max(self.tokens, 1)
+        return Moments(self.second_FF / count, self.first_F / count, self.tokens)
+
+
+class _Watch(TorchFunctionMode):
+    """See every product with a contract matrix, wherever a model computes it.
+
+    The factor in front of the matrix is the hidden units. It is looked for by the memory of the
+    matrix, so that a `Linear`, a `Conv1D` and one expert's slice of a tensor are the same to it.
+    """
+
+    def __init__(self, ffns: Sequence[Ffn], sums: dict[str, _Sums]) -> None:
+        super().__init__()
+        self._by_storage: dict[int, list[Ffn]] = defaultdict(list)
+        self._sums = sums
+        for ffn in ffns:
+            self._by_storage[ffn.contract.parameter.untyped_storage().data_ptr()].append(ffn)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        for hidden, weight in pairwise(tensors):
+            ffns = self._by_storage.get(weight.untyped_storage().data_ptr(), [])
+            for ffn in ffns:
+                with torch._C.DisableTorchFunctionSubclass():
+                    self._see(ffn, hidden, weight)
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, ffn: Ffn, hidden: Tensor, weight: Tensor) -> None:
+        slot = ffn.contract
+        first = slot.read(ffn.rows)
+        if weight.dim() == 3 and slot.expert is not None and hidden.dim() == 3:
+            self._sums[ffn.name].add(hidden[slot.expert])
+        elif weight.dim() == 2 and weight.storage_offset() == first.storage_offset():
+            self._sums[ffn.name].add(hidden)
+
+
+@contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """Let experts multiply one at a time, so that each product can be seen."""
+    key = "_experts_implementation"
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), key)}
+    previous = {number: getattr(config, key) for number, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, key, "eager")
+        yield
+    finally:
+        for number, config in configs.items():
+            setattr(config, key, previous[number])
+
+
+def _hidden_units(model: nn.Module, ffn: Ffn, states_TD: Tensor) -> Tensor:
+    """Return the hidden units `(T, F)` of an FFN for given inputs, from its weights."""
+    module = model.get_submodule(ffn.path)
+    biases = {
+        (id(s.module), s.start): s.read(ffn.rows).float() for s in ffn.vectors if "bias" in s.name
+    }
+    parts = []
+    for slot in ffn.expand:
+        part_TF = states_TD @ slot.read(ffn.rows).float().T
+        parts.append(part_TF + biases.get((id(slot.module), slot.start), 0.0))
+    apply_gate = getattr(module, "_apply_gate", None)
+    if apply_gate is not None and len(parts) == 2:
+        joined = (
+            torch.cat(parts, -1) if ffn.expand[1].step == 1 else torch.stack(parts, -1).flatten(-2)
+        )
+        return apply_gate(joined)  # type: ignore[no-any-return]
+    activation = next(
+        (found for name in _ACTIVATIONS if callable(found := getattr(module, name, None))), None
+    )
+    if activation is None:
+        raise UnsupportedModelError(
+            f"yopo does not find the activation of `{ffn.path}`, so it cannot imagine its hidden "
+            "units. Use `evidence='self'`."
+        )
+    gate_TF = activation(parts[0])
+    return gate_TF * parts[1] if len(parts) == 2 else gate_TF  # type: ignore[no-any-return]
