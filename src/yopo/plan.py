@@ -272,7 +272,9 @@ def _unit(ffn: Ffn, narrowest: Ffn) -> int:
 def _expert_multiple(ffn: Ffn) -> int:
     """Return what the width must be a multiple of: grouped products need strides of 16 bytes.
 
-    That is 8 numbers of half precision, in which any model may be loaded later.
+    That is 8 numbers of half precision, in which any model may be loaded later; fewer where only
+    the precision at hand can run the model as it is.
     """
-    share_a_tensor = any(slot.expert is not None for slot in ffn.slots)
-    return 8 if share_a_tensor and ffn.rows % 8 == 0 else 1
+    sizes = [slot.parameter.element_size() for slot in ffn.slots if slot.expert is not None]
+    multiples = (8, 16 // min(sizes)) if sizes else ()
+    return next((multiple for multiple in multiples if ffn.rows % multiple == 0), 1)

@@ -6,7 +6,6 @@ same comparison proves, before a cut, that stock `from_pretrained` will build th
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,11 +63,11 @@ def build_skeleton(
     Raises:
         Exception: Whatever the class raises for such a config.
     """
-    changed = copy.deepcopy(model.config)
+    changed: Any = copy.deepcopy(model.config)
     for (path, key), value in widths.items():
         write_width(config_at(changed, path), key, value)
     # Saved and read, because a config may derive some of its fields when it is read.
-    config = type(changed).from_dict(json.loads(changed.to_json_string()))
+    config = type(changed).from_dict(changed.to_diff_dict())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
