@@ -347,9 +347,9 @@ FFNS = [ffn(f"model.layers.{i}.mlp", 8) for i in range(12)] + [ffn("lm.mlp", 8)]
         ("model.layers.1?.mlp", {10, 11}),
         (["model.layers.1.*", 3], {1, 3}),
         (["lm.*"], {"lm"}),
-        (iter([5]), {5}),
+        ((number for number in [5]), {5}),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_layers_are_chosen_by_number_and_by_pattern(layers, chosen):
     selected = selected_layers(FFNS, layers)

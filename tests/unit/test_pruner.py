@@ -150,7 +150,7 @@ def test_hyperparameters_are_keywords():
         PolicyPruner.prunenet(0.3)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_learning_from_spectra_beats_its_start_and_random_rows_and_the_best_norm(tiny_llama, seed):
     model = tiny_llama(seed=seed, hidden_size=48, intermediate_size=160, num_hidden_layers=3)
     with_trained_rows(model, seed)
