@@ -67,7 +67,7 @@ def build_skeleton(
     for (path, key), value in widths.items():
         write_width(config_at(changed, path), key, value)
     # Saved and read, because a config may derive some of its fields when it is read.
-    config = type(changed).from_dict(changed.to_diff_dict())
+    config = type(changed)(**changed.to_diff_dict())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return type(model)(config)
 
