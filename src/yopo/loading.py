@@ -10,7 +10,8 @@ from yopo.adapters import find_ffns
 from yopo.adapters.attention import find_attention_units
 from yopo.errors import InvalidArgumentError
 from yopo.plan import PruningPlan
-from yopo.surgery import WIDTHS_KEY, cut_rows
+from yopo.surgery import cut_rows
+from yopo.upkeep import WIDTHS_KEY
 
 
 def load(source: str | Path, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
 from yopo.reinforce import Episode, learn, learn_as_published
-from yopo.surgery import apply_plan
+from yopo.surgery import apply_plan, interrupts_held
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +265,9 @@ class PolicyPruner:
         """
         ffns = self._find(model)
         decision = self._decide(model, ffns, ratio, layers, sample, restore=self._recipe.restore)
-        apply_plan(model, decision.plan, ffns=ffns)
-        write_restored(ffns, decision.restored)
+        with interrupts_held():
+            apply_plan(model, decision.plan, ffns=ffns)
+            write_restored(ffns, decision.restored)
         return model
 
     def save_policy(self, path: str | Path) -> None:

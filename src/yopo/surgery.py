@@ -10,38 +10,26 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from yopo.adapters import Ffn, Slot, find_ffns
-from yopo.adapters.skeleton import (
-    build_skeleton,
-    nested_configs,
-    shapes_of,
-    write_width,
-)
+from yopo.adapters.attention import HEAD_FIELD
+from yopo.adapters.skeleton import build_skeleton, shapes_of
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.plan import PruningPlan
+from yopo.upkeep import (
+    WIDTHS_KEY,
+    Fields,
+    rebuild_rotary,
+    sync_overridden,
+    sync_sizes,
+    warn_on_save,
+    write_config,
+)
 
 logger = logging.getLogger(__name__)
-
-WIDTHS_KEY = "yopo_widths"
-"""Config entry of a model whose widths no field of its config can express: rows by FFN."""
-
-_SIZE_NAMES = {
-    "expert_dim",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "head_dim",
-    "intermediate_dim",
-    "intermediate_size",
-}
-"""Attributes under which modules remember the width of an FFN or the size of a head."""
-
-_Fields = dict[tuple[tuple[str, ...], str], int]
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | None = None) -> None:
@@ -78,14 +66,15 @@ def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[s
     fields, overrides = _config_changes(model, ffns, plan)
     skeletons = _skeletons(model, ffns, plan, fields, overrides)
     # Weights made in inference mode could never be trained again.
-    with _interrupts_held(), torch.inference_mode(False):
+    with interrupts_held(), torch.inference_mode(False):
         _cut_parameters(ffns, plan)
-        _sync_sizes(model, skeletons)
-        _sync_overridden(model, [ffn for ffn in ffns if ffn.name in overrides], plan)
-        _write_config(model, fields, overrides)
-        _rebuild_rotary(model)
+        sync_sizes(model, skeletons)
+        sync_overridden(model, [ffn for ffn in ffns if ffn.name in overrides], plan)
+        write_config(model, fields, overrides)
+        if any(key == HEAD_FIELD for _, key in fields):
+            rebuild_rotary(model)
     if overrides:
-        _warn_on_save(model)
+        warn_on_save(model)
     return overrides
 
 
@@ -121,12 +110,12 @@ def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
 
 def _config_changes(
     model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan
-) -> tuple[_Fields, dict[str, int]]:
+) -> tuple[Fields, dict[str, int]]:
     """Return new values for config fields, and the widths that no field can express."""
     groups: dict[tuple[tuple[str, ...], str] | None, list[Ffn]] = defaultdict(list)
     for ffn in ffns:
         groups[(ffn.width.path, ffn.width.key) if ffn.width else None].append(ffn)
-    fields: _Fields = {}
+    fields: Fields = {}
     overrides = dict(getattr(model.config, WIDTHS_KEY, {}) or {})
     for field, group in groups.items():
         if all(len(plan.kept[ffn.name]) == ffn.rows for ffn in group):
@@ -145,7 +134,7 @@ def _skeletons(
     model: nn.Module,
     ffns: Sequence[Ffn],
     plan: PruningPlan,
-    fields: _Fields,
+    fields: Fields,
     overrides: Mapping[str, int],
 ) -> tuple[nn.Module, nn.Module] | None:
     """Return what the config builds now and after the cut, having checked the shapes of the latter.
@@ -233,97 +222,8 @@ def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
     return laid_out.permute([order.index(dim) for dim in range(model.dim())])
 
 
-def _sync_sizes(model: nn.Module, skeletons: tuple[nn.Module, nn.Module] | None) -> None:
-    """Set what modules remember of their sizes to what their weights now are.
-
-    Linear maps are read off their weights; for the rest, whatever a freshly built model remembers
-    differently under the new config than under the old one is copied.
-    """
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and isinstance(weight, Tensor):
-            module.out_features, module.in_features = weight.shape
-        elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-            module.__dict__.update(nx=weight.shape[0], nf=weight.shape[1])
-    if skeletons is None:
-        return
-    dense, cut = (dict(skeleton.named_modules(remove_duplicate=False)) for skeleton in skeletons)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name not in cut:
-            continue
-        for key, value in vars(cut[name]).items():
-            is_size = isinstance(value, int | float | tuple) and key in vars(module)
-            if is_size and value != vars(dense[name]).get(key):
-                setattr(module, key, value)
-
-
-def _sync_overridden(model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan) -> None:
-    """Set the sizes remembered by modules whose new width no config, so no skeleton, can show."""
-    for ffn in ffns:
-        old, new = ffn.rows, len(plan.kept[ffn.name])
-        holders = {id(slot.module): slot.module for slot in ffn.slots}
-        for module in (model.get_submodule(ffn.path), *holders.values()):
-            for key in _SIZE_NAMES & vars(module).keys():
-                if getattr(module, key) == old:
-                    setattr(module, key, new)
-                    if key == "head_dim" and getattr(module, "scaling", None) == old**-0.5:
-                        module.__dict__["scaling"] = new**-0.5
-
-
-def _write_config(model: nn.Module, fields: _Fields, overrides: Mapping[str, int]) -> None:
-    """Write the new widths into the config and into the copies that submodules keep.
-
-    A config that `model.config` holds elsewhere is no copy, even if it is equal: the encoder's is
-    not the decoder's.
-    """
-    named = {id(nested) for _, nested in nested_configs(model.config)}
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "to_dict"):
-            for _, nested in nested_configs(config):
-                configs[id(nested)] = nested
-    for (path, key), value in fields.items():
-        target = model.config
-        for part in path:
-            target = getattr(target, part)
-        old = getattr(target, key, None)
-        for config in configs.values():
-            is_equal = type(config) is type(target) and getattr(config, key, None) == old
-            if config is target or (is_equal and id(config) not in named):
-                write_width(config, key, value)
-    if overrides:
-        setattr(model.config, WIDTHS_KEY, dict(overrides))
-
-
-def _rebuild_rotary(model: nn.Module) -> None:
-    """Compute rotary frequencies anew where the size of a head has changed."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is None or not isinstance(getattr(module, "inv_freq", None), Tensor):
-            continue
-        rebuilt = type(module)(config)
-        for name, buffer in rebuilt.named_buffers(recurse=False):
-            old = getattr(module, name)
-            if old.shape != buffer.shape:
-                setattr(module, name, buffer.to(old.device, old.dtype))
-
-
-def _warn_on_save(model: nn.Module) -> None:
-    """Make `model.save_pretrained` say that stock `from_pretrained` cannot load the result."""
-    model.save_pretrained = partial(_save_with_warning, model)  # type: ignore[assignment]
-
-
-def _save_with_warning(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    logger.warning(
-        "This model has FFN widths that its config cannot express: stock `from_pretrained` will "
-        "refuse the saved files. Load them with `yopo.load(path)`."
-    )
-    return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
-
-
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C back until the block is done: half a cut would leave a broken model."""
     if threading.current_thread() is not threading.main_thread():
         yield

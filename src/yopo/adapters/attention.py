@@ -19,7 +19,8 @@ from yopo.adapters.skeleton import build_skeleton, shapes_of
 from yopo.errors import UnsupportedModelError
 
 _OUTPUTS = ("o_proj", "out_proj", "dense")
-_FIELD = "head_dim"
+HEAD_FIELD = "head_dim"
+"""Config field that sets the size of a head, where an architecture has one."""
 
 
 def find_attention_units(model: nn.Module) -> list[Ffn]:
@@ -115,7 +116,7 @@ def _with_field(model: nn.Module, units: list[Ffn]) -> list[Ffn]:
     path = () if config.get_text_config() is config else ("text_config",)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     try:
-        grown = shapes_of(build_skeleton(model, {(path, _FIELD): 2 * size}))
+        grown = shapes_of(build_skeleton(model, {(path, HEAD_FIELD): 2 * size}))
     except Exception:  # the architecture derives its head size
         return units
     for unit in units:
@@ -123,7 +124,8 @@ def _with_field(model: nn.Module, units: list[Ffn]) -> list[Ffn]:
             if grown[names[id(slot.parameter)]][slot.axis] != 2 * slot.parameter.shape[slot.axis]:
                 return units
     return [
-        replace(unit, width=WidthField(path, _FIELD, Fraction(size, unit.rows))) for unit in units
+        replace(unit, width=WidthField(path, HEAD_FIELD, Fraction(size, unit.rows)))
+        for unit in units
     ]
 
 
