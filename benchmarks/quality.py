@@ -4,7 +4,8 @@
     python benchmarks/quality.py --models embedded    one of them
 
 Writes results/quality.json, .md and .png. "share" is the excess log-perplexity over dense as a
-share of what random rows lose. All methods keep int((1 - ratio) n) rows.
+share of what random rows lose. All methods keep int((1 - ratio) n) rows. Seconds are means over
+ratios, of which the first pays for evidence and training.
 """
 
 import argparse
@@ -37,41 +38,35 @@ def _criterion(score: Callable[[int], criteria.Criterion]) -> Method:
     return prune
 
 
-def _pruner(make: Callable[[float, int, Subject], yopo.PolicyPruner]) -> Method:
+def _published(model: Any, ratio: float, seed: int, subject: Subject) -> None:
+    yopo.PolicyPruner.prunenet(ratio=ratio, seed=seed).fit(model).prune(model, ratio)
+
+
+def _ours(*, calibrated: bool = False, **settings: Any) -> Method:
+    """Return a method of ours; one pruner serves all ratios, and remembers its evidence."""
+    pruners: dict[tuple[str, int], yopo.PolicyPruner] = {}
+
     def prune(model: Any, ratio: float, seed: int, subject: Subject) -> None:
-        make(ratio, seed, subject).fit(model).prune(model, ratio)
+        key = (subject.name, seed)
+        if key not in pruners:
+            evidence = {"evidence": subject.real_NW} if calibrated else {}
+            pruner = yopo.PolicyPruner(seed=seed, multiple_of=1, **settings, **evidence)
+            pruners[key] = pruner.fit(model)
+        pruners[key].prune(model, ratio)
 
     return prune
-
-
-def _ours(**settings: Any) -> Method:
-    return _pruner(
-        lambda ratio, seed, subject: yopo.PolicyPruner(
-            ratio=ratio, seed=seed, multiple_of=1, **settings
-        )
-    )
 
 
 METHODS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "random rows": (_criterion(criteria.random_rows), SEEDS),
     "row norm": (_criterion(lambda seed: criteria.row_norm), (0,)),
     "norm product": (_criterion(lambda seed: criteria.norm_product), (0,)),
-    "PruneNet as published": (
-        _pruner(lambda ratio, seed, _: yopo.PolicyPruner.prunenet(ratio=ratio, seed=seed)),
-        SEEDS,
-    ),
+    "PruneNet as published": (_published, SEEDS),
     "spectral reward, learned": (_ours(reward="spectral", restore=False), SEEDS),
     "elimination, no restoring": (_ours(restore=False), SEEDS),
     "yopo, from weights alone": (_ours(evidence="weights"), SEEDS),
     "yopo": (_ours(), SEEDS),
-    "calibrated: yopo on real text": (
-        _pruner(
-            lambda ratio, seed, subject: yopo.PolicyPruner(
-                ratio=ratio, seed=seed, multiple_of=1, evidence=subject.real_NW
-            )
-        ),
-        (0,),
-    ),
+    "calibrated: yopo on real text": (_ours(calibrated=True), (0,)),
 }
 
 
