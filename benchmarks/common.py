@@ -72,6 +72,15 @@ def keep_result(name: str, rows: list[dict[str, Any]]) -> None:
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
 
+def kept_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of an earlier result, none if there is no such file."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = (
+        json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    )
+    return rows
+
+
 def quiet() -> None:
     """Switch off the progress bars and notes of transformers."""
     transformers.logging.set_verbosity_error()

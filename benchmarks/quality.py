@@ -1,7 +1,7 @@
 """Perplexity of every method at every ratio on every model at hand.
 
     python benchmarks/quality.py                      all models, ratios 0.1 to 0.6
-    python benchmarks/quality.py --models embedded    one of them
+    python benchmarks/quality.py --models embedded    one of them; rows of the others stay
 
 Writes results/quality.json, .md and .png. "share" is the excess log-perplexity over dense as a
 share of what random rows lose. All methods keep int((1 - ratio) n) rows. Seconds are means over
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import yopo
-from common import RESULTS, Subject, keep_result, quiet, subjects
+from common import RESULTS, Subject, keep_result, kept_rows, quiet, subjects
 from yopo import criteria
 from yopo.evaluation import perplexity
 from yopo.report import format_table, plot_perplexities
@@ -125,9 +125,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     quiet()
-    rows = []
+    rows = kept_rows("quality")
     for subject in subjects():
         if arguments.models is None or subject.name in arguments.models:
+            rows = [row for row in rows if row["model"] != subject.name]
             rows += measure(subject, arguments.ratios)
             keep_result("quality", rows)
             (RESULTS / "quality.md").write_text(tables(rows), encoding="utf-8")

@@ -58,7 +58,7 @@ def decide(
     for ffn, moments in _with_moments(model, ffns, evidence if needs_moments else None):
         keep = widths[ffn.name]
         if keep == ffn.rows:
-            kept[ffn.name] = torch.arange(ffn.rows)
+            kept[ffn.name] = torch.arange(ffn.rows, device="cpu")
             continue
         order_F = None
         if policy.needs_evidence and moments is not None:

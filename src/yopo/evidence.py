@@ -6,6 +6,7 @@ Shapes: N sequences, W tokens a sequence.
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class Evidence:
 
         Raises:
             UnsupportedModelError: If the model writes NaN, or cannot serve as asked.
+            InvalidArgumentError: If the model cannot read the tokens given.
         """
         groups = list(_groups(ffns))
         checksum = _checksum(model) if len(groups) == 1 else b""
@@ -69,6 +71,7 @@ class Evidence:
         if isinstance(kind, str) and kind == "auto":
             kind = "self" if can_write(model) else "weights"
         if isinstance(kind, Tensor):
+            _check_tokens(model, kind)
             inputs = {"input_ids": kind}
         elif kind == "self":
             if not can_write(model):
@@ -92,6 +95,28 @@ class Evidence:
                         for f in group
                     },
                 )
+
+
+def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
+    """Check that `model` can read the tokens.
+
+    Raises:
+        InvalidArgumentError: If an id is outside its vocabulary, or a sequence is too long.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None) or int(ids_NW.max()) + 1
+    if ids_NW.min() < 0 or ids_NW.max() >= vocabulary:
+        raise InvalidArgumentError(
+            f"`evidence` ids must lie in [0, {vocabulary}), the model's vocabulary, got "
+            f"{int(ids_NW.min())} to {int(ids_NW.max())}."
+        )
+    longest = getattr(text, "max_position_embeddings", None) or ids_NW.shape[1]
+    if ids_NW.shape[1] > longest:
+        raise InvalidArgumentError(
+            f"`evidence` sequences may have at most {longest} tokens, as many as the model can "
+            f"read, got {ids_NW.shape[1]}."
+        )
 
 
 def _checksum(model: nn.Module) -> bytes:

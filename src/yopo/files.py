@@ -60,6 +60,8 @@ def write_folder(
                 (staging / "README.md").write_text(card, encoding="utf-8")
             text = json.dumps(document, indent=2) + "\n"
             (staging / f"{kind}_config.json").write_text(text, encoding="utf-8")
+            if not (folder / f"{kind}_config.json").exists() and (folder / "README.md").exists():
+                (staging / "README.md").unlink(missing_ok=True)  # somebody else's card
             for name in ("README.md", f"{kind}.safetensors", f"{kind}_config.json"):
                 if (staging / name).exists():
                     (staging / name).replace(folder / name)

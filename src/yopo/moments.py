@@ -7,7 +7,7 @@ are means and second moments over tokens, so states are summed up as they come a
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -179,13 +179,21 @@ def _hidden_units(model: nn.Module, ffn: Ffn, states_TD: Tensor) -> Tensor:
             torch.cat(parts, -1) if ffn.expand[1].step == 1 else torch.stack(parts, -1).flatten(-2)
         )
         return apply_gate(joined)  # type: ignore[no-any-return]
-    activation = next(
-        (found for name in _ACTIVATIONS if callable(found := getattr(module, name, None))), None
-    )
+    activation = _activation(module)
     if activation is None:
         raise UnsupportedModelError(
             f"yopo does not find the activation of `{ffn.path}`, so it cannot imagine its hidden "
-            "units. Use `evidence='self'`."
+            "units. Pass token ids as `evidence`, or use `reward='spectral', restore=False`."
         )
     gate_TF = activation(parts[0])
-    return gate_TF * parts[1] if len(parts) == 2 else gate_TF  # type: ignore[no-any-return]
+    return gate_TF * parts[1] if len(parts) == 2 else gate_TF
+
+
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the activation that `module`, or a module inside it, keeps under a usual name."""
+    for holder in module.modules():
+        for name in _ACTIVATIONS:
+            found: Callable[[Tensor], Tensor] | None = getattr(holder, name, None)
+            if callable(found):
+                return found
+    return None

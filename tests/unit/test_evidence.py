@@ -4,8 +4,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaModel
+from transformers import BertConfig, BertForMaskedLM, LlamaModel
 
+import yopo
 from yopo import InvalidArgumentError, UnsupportedModelError, find_ffns
 from yopo.evidence import Evidence
 from yopo.moments import imagine_moments, read_moments
@@ -157,3 +158,28 @@ def test_moments_are_remembered_only_for_the_same_weights(tiny_model, monkeypatc
     changed = {ffn.name: found for ffn, found in evidence.moments(twin, find_ffns(twin))}
     name = "model.layers.0.mlp"
     assert not torch.equal(changed[name].second_FF, first[name].second_FF)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((2, 8), 99), r"\[0, 64\)"),
+        (torch.full((2, 8), -1), r"\[0, 64\)"),
+        (torch.ones(1, 65, dtype=torch.int64), "at most 64 tokens"),
+    ],
+)
+def test_tokens_that_the_model_cannot_read_are_refused(tiny_model, ids, message):
+    model = tiny_model("opt")
+    with pytest.raises(InvalidArgumentError, match=message):
+        list(Evidence(ids, seed=0).moments(model, find_ffns(model)))
+
+
+def test_an_encoder_that_writes_nothing_is_pruned_from_its_weights():
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = BertForMaskedLM(config).eval()
+    yopo.PolicyPruner().fit(model).prune(model, 0.5)
+    assert model.config.intermediate_size == 40
+    assert torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()

@@ -39,6 +39,12 @@ def test_what_was_written_before_is_replaced(tmp_path):
     assert read_folder(tmp_path, "plan")[0]["ratio"] == 0.2
 
 
+def test_the_card_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("a model\n")
+    write_folder(tmp_path, "plan", {}, TENSORS, card="# Card\n")
+    assert (tmp_path / "README.md").read_text() == "a model\n"
+
+
 def test_views_gradients_and_shared_memory_can_be_written(tmp_path):
     whole = torch.arange(12.0, requires_grad=True)
     tensors = {"a": whole, "b": whole, "c": whole[3:7], "d": whole.view(3, 4).T}
