@@ -12,16 +12,18 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from tiny_models import SIZES, Sizes, logits_of, tiny_model
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import yopo
+from tiny_models import SIZES, Sizes, logits_of, tiny_model
 from yopo.adapters import Ffn
 
 RATIO = 0.3
@@ -47,14 +49,16 @@ def try_architecture(model_type: str, sizes: Sizes = SIZES["usual"]) -> Result:
     try:
         return _prune(model_type, model)
     except Exception as error:
-        no_ffn = "no FFN was found" in str(error)
-        return Result(model_type, "no FFN" if no_ffn else "failed", _first_line(error))
+        if "no FFN was found" in str(error):
+            return Result(model_type, "no FFN", "its layers hold nothing but a state-space mixer")
+        return Result(model_type, "failed", _first_line(error))
 
 
 def _prune(model_type: str, model: PreTrainedModel) -> Result:
     ffns = yopo.find_ffns(model)
     plan = yopo.plan_by_criterion(model, RATIO, criterion=yopo.criteria.norm_product)
-    expected = logits_without_columns(model, ffns, plan)
+    with columns_removed(ffns, plan):
+        expected = logits_of(model)
     yopo.apply_plan(model, plan)
     pruned = logits_of(model)
     fields = tuple(sorted({str(ffn.width) for ffn in ffns}))
@@ -73,17 +77,18 @@ def _prune(model_type: str, model: PreTrainedModel) -> Result:
     return Result(model_type, status, detail, fields, found)
 
 
-def logits_without_columns(
-    model: PreTrainedModel, ffns: list[Ffn], plan: yopo.PruningPlan
-) -> torch.Tensor:
-    """Return the logits of `model` with the contract columns of the removed rows set to zero."""
-    kept = [ffn.contract_weight().clone() for ffn in ffns]
-    for ffn, weight_FD in zip(ffns, kept, strict=True):
-        ffn.contract_weight().zero_()[plan.kept[ffn.name]] = weight_FD[plan.kept[ffn.name]]
-    logits = logits_of(model)
-    for ffn, weight_FD in zip(ffns, kept, strict=True):
-        ffn.contract_weight().copy_(weight_FD)
-    return logits
+@contextmanager
+def columns_removed(ffns: list[Ffn], plan: yopo.PruningPlan) -> Iterator[None]:
+    """Set the contract columns of the rows that `plan` removes to zero, for a while."""
+    before = [ffn.contract_weight().clone() for ffn in ffns]
+    for ffn, weight_FD in zip(ffns, before, strict=True):
+        kept_K = plan.kept[ffn.name]
+        ffn.contract_weight().zero_()[kept_K] = weight_FD[kept_K]
+    try:
+        yield
+    finally:
+        for ffn, weight_FD in zip(ffns, before, strict=True):
+            ffn.contract_weight().copy_(weight_FD)
 
 
 def holders(ffn: Ffn) -> set[torch.nn.Module]:
@@ -93,29 +98,60 @@ def holders(ffn: Ffn) -> set[torch.nn.Module]:
 
 def report(results: list[Result]) -> str:
     """Return the page of the documentation that lists every architecture."""
-    counts = Counter(result.status for result in results)
-    built = len(results) - counts["not built"]
+    groups: dict[str, list[Result]] = {
+        status: [result for result in results if result.status == status]
+        for status in ("pruned", "yopo.load", "no FFN", "failed", "not built")
+    }
+    built = len(results) - len(groups["not built"])
+    pruned = len(groups["pruned"])
     lines = [
         "# Architectures",
         "",
-        f"Every causal-LM `model_type` of transformers {transformers.__version__}, made tiny from "
-        f"its config class, pruned at {RATIO}, saved, reloaded and compared by its logits "
-        "(`python benchmarks/architectures.py`). "
-        f"Of {len(results)} types {built} could be built; **{counts['pruned']} of them "
-        f"({counts['pruned'] / built:.0%}) reload with stock `from_pretrained` and equal logits**, "
-        f"{counts['yopo.load']} need `yopo.load`, {counts['no FFN']} have no FFN, "
-        f"{counts['failed']} fail.",
+        f"Every causal-LM `model_type` of transformers {transformers.__version__} is made tiny "
+        "from its config class, with random weights and layers of every kind, pruned at "
+        f"{RATIO}, saved and loaded again. Its logits must equal those of the dense model without "
+        "the removed columns, before and after. `python benchmarks/architectures.py` writes this "
+        "page.",
         "",
-        "| model type | result | width set by | found by | remark |",
-        "|---|---|---|---|---|",
+        f"Of {len(results)} types {built} could be built; **{pruned} of them "
+        f"({pruned / built:.0%}) load with stock `from_pretrained`**, {len(groups['yopo.load'])} need `yopo.load`, "
+        f"{len(groups['no FFN'])} have no FFN, {len(groups['failed'])} fail.",
+        "",
+        "An architecture that is not listed is searched by structure: yopo changes one config "
+        "field at a time, looks which matrices grow, and proves what it finds by permuting rows in a "
+        "trial run.",
     ]
-    for result in results:
-        fields = ", ".join(f"`{field}`" for field in result.fields if field != "None")
-        detail = "" if result.status == "pruned" else result.detail.replace("|", "/")
-        lines.append(
-            f"| `{result.model_type}` | {result.status} | {fields} | {result.found} | {detail} |"
-        )
+    for status, title in _TITLES.items():
+        if groups[status]:
+            lines += ["", f"## {title}", "", *_table(groups[status])]
     return "\n".join(lines) + "\n"
+
+
+_TITLES = {
+    "pruned": "Load with stock transformers",
+    "yopo.load": "Need `yopo.load`",
+    "no FFN": "Have no FFN",
+    "failed": "Fail",
+    "not built": "Could not be built",
+}
+
+
+def _table(results: list[Result]) -> list[str]:
+    """Return a table of what the results of one status have to say."""
+    if results[0].status == "pruned":
+        head, rows = (
+            "width set by | found by",
+            [
+                f"{', '.join(f'`{field}`' for field in result.fields)} | {result.found}"
+                for result in results
+            ],
+        )
+    else:
+        head, rows = "why", [result.detail.replace("|", "/") for result in results]
+    lines = [
+        f"| `{result.model_type}` | {row} |" for result, row in zip(results, rows, strict=True)
+    ]
+    return [f"| model type | {head} |", "|---" * (head.count("|") + 2) + "|", *lines]
 
 
 def _first_line(error: Exception) -> str:

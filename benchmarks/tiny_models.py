@@ -40,7 +40,7 @@ SIZES = {
 
 
 def tiny_model(model_type: str, *, sizes: Sizes = SIZES["usual"], seed: int = 0) -> PreTrainedModel:
-    """Return a small causal language model of `model_type` with random weights, which runs and can be reloaded.
+    """Return a small causal language model that runs and survives saving and loading.
 
     Args:
         model_type: A `model_type` of transformers.
@@ -89,19 +89,24 @@ def _build(model_class: Any, sizes: Sizes, seed: int) -> PreTrainedModel:
         raise ValueError(f"has {parameters:,} parameters even so")
     torch.manual_seed(seed)
     model: PreTrainedModel = model_class(tiny_config(model_class.config_class, sizes)).eval()
-    with torch.no_grad():  # models start with zero biases and equal norms, which would hide a slip
+    shake(model)
+    return model
+
+
+def shake(model: nn.Module) -> None:
+    """Add noise to every parameter: zero biases and equal norms would hide a slip."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0.0
-    return model
 
 
-def tiny_config(config_class: Any, sizes: Sizes) -> Any:
-    """Return a small config of `config_class`."""
-    return config_class(**_tiny_values(config_class, sizes))
+def tiny_config(config_class: Any, sizes: Sizes, **changes: Any) -> Any:
+    """Return a small config of `config_class`, with `changes` in the end."""
+    return config_class(**_tiny_values(config_class, sizes) | changes)
 
 
 def _tiny_values(config_class: Any, sizes: Sizes) -> dict[str, Any]:
@@ -109,9 +114,12 @@ def _tiny_values(config_class: Any, sizes: Sizes) -> dict[str, Any]:
     base = config_class()
     fields = vars(base)
     named = _named_sizes(sizes)
-    values = {key: named[key] for key in (*fields, *base.attribute_map) if key in named}
+    aliases = [alias for alias, key in base.attribute_map.items() if key not in named]
+    values = {key: named[key] for key in (*fields, *aliases) if key in named}
     values |= {
-        key: sizes.vocab for key, value in fields.items() if "vocab" in key and type(value) is int
+        key: sizes.vocab
+        for key, value in fields.items()
+        if "vocab" in key and (type(value) is int or key == "vocab_size")
     }
     values |= {
         key: _few(value, sizes.layers)
@@ -206,12 +214,24 @@ def _special(model_type: str, sizes: Sizes) -> dict[str, Any]:
             "swa_qk_nope_head_dim": sizes.hidden // 4,
             "swa_v_head_dim": sizes.hidden // 4,
         },
+        "gemma4_text": {
+            "enable_moe_block": True,
+            "use_double_wide_mlp": True,
+            "num_kv_shared_layers": layers // 4 * 2,
+        },
         "gemma3n_text": {"num_kv_shared_layers": layers // 4 * 2},
         "granitemoehybrid": {"layer_types": _few(["linear_attention", "full_attention"], layers)},
         "lfm2_moe": {"layer_types": _few(["conv", "full_attention"], layers)},
         "mimo_v2_flash": {"num_key_value_heads": 2},
         "musicgen_decoder": {"num_codebooks": 1},
         "musicgen_melody_decoder": {"num_codebooks": 1},
+        "qwen2_vl_text": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [sizes.hidden // 16, sizes.hidden // 32, sizes.hidden // 32],
+            }
+        },
         "qwen4_exp_text": {
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,

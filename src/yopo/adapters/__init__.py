@@ -147,6 +147,8 @@ def _found_by_layout(model: nn.Module) -> list[Ffn]:
     """Return what the table of layouts finds, each matrix by the first layout that names it."""
     found: list[Ffn] = []
     for path, module in model.named_modules():
+        if any(part.endswith("norm") for part in path.split(".")):
+            continue  # a small gate inside a norm is no FFN
         taken: set[tuple[int, str]] = set()
         for layout in LAYOUTS:
             ffns = list(ffns_of_module(path, module, layout))
