@@ -114,12 +114,13 @@ def report(results: list[Result]) -> str:
         "page.",
         "",
         f"Of {len(results)} types {built} could be built; **{pruned} of them "
-        f"({pruned / built:.0%}) load with stock `from_pretrained`**, {len(groups['yopo.load'])} need `yopo.load`, "
-        f"{len(groups['no FFN'])} have no FFN, {len(groups['failed'])} fail.",
+        f"({pruned / built:.0%}) load with stock `from_pretrained`**, "
+        f"{len(groups['yopo.load'])} need `yopo.load`, {len(groups['no FFN'])} have no FFN, "
+        f"{len(groups['failed'])} fail.",
         "",
         "An architecture that is not listed is searched by structure: yopo changes one config "
-        "field at a time, looks which matrices grow, and proves what it finds by permuting rows in a "
-        "trial run.",
+        "field at a time, looks which matrices grow, and proves what it finds by permuting rows in "
+        "a trial run.",
     ]
     for status, title in _TITLES.items():
         if groups[status]:

@@ -42,19 +42,34 @@ SIZES = {
 def tiny_model(model_type: str, *, sizes: Sizes = SIZES["usual"], seed: int = 0) -> PreTrainedModel:
     """Return a small causal language model that runs and survives saving and loading.
 
-    Args:
-        model_type: A `model_type` of transformers.
-        sizes: The sizes to make it with.
-        seed: Seed of the weights; the global generator of torch is left as it was.
-
     Raises:
         Exception: If the small model cannot be built, run, or saved and loaded as it is.
     """
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    with torch.random.fork_rng(devices=[]):
-        model = _build(model_class, sizes, seed)
+    with torch.device("meta"):
+        skeleton = model_class(tiny_config(model_class.config_class, sizes))
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    if parameters > LARGEST:
+        raise ValueError(f"has {parameters:,} parameters even so")
+    model = tiny_of(model_class, sizes=sizes, seed=seed)
     _check_reload(model)
     return model
+
+
+def tiny_of(
+    model_class: Any, *, sizes: Sizes = SIZES["usual"], seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """Return a small model of `model_class` with random weights.
+
+    The global generator of torch is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = model_class(
+            tiny_config(model_class.config_class, sizes, **changes)
+        )
+        shake(model)
+    return model.eval()
 
 
 def logits_of(model: PreTrainedModel) -> torch.Tensor:
@@ -79,18 +94,6 @@ def _check_reload(model: PreTrainedModel) -> None:
         reloaded = type(model).from_pretrained(folder).eval()
     if not torch.allclose(logits_of(reloaded), logits, atol=1e-5):
         raise ValueError("gives other logits after saving and loading, without any pruning")
-
-
-def _build(model_class: Any, sizes: Sizes, seed: int) -> PreTrainedModel:
-    with torch.device("meta"):
-        skeleton = model_class(tiny_config(model_class.config_class, sizes))
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    if parameters > LARGEST:
-        raise ValueError(f"has {parameters:,} parameters even so")
-    torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(tiny_config(model_class.config_class, sizes)).eval()
-    shake(model)
-    return model
 
 
 def shake(model: nn.Module) -> None:

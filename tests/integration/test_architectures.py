@@ -11,7 +11,7 @@ import transformers
 
 import yopo
 from architectures import columns_removed, try_architecture
-from tiny_models import SIZES, shake, tiny_config
+from tiny_models import SIZES, tiny_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 
@@ -74,14 +74,7 @@ CHANGES = {
 
 
 def build(name, **changes):
-    model_class = getattr(transformers, name)
-    changes = CHANGES.get(name, {}) | changes
-    config = tiny_config(model_class.config_class, SIZES["usual"], **changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = model_class(config).eval()
-        shake(model)
-    return model
+    return tiny_of(getattr(transformers, name), **CHANGES.get(name, {}) | changes)
 
 
 def read(model, what):

@@ -1,7 +1,6 @@
 """Where each architecture keeps its FFNs."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -10,9 +9,9 @@ from torch import nn
 
 from yopo.adapters.checks import check_model, check_parameters, check_weights
 from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
+from yopo.adapters.fields import with_fields
 from yopo.adapters.layouts import LAYOUTS, Layout, ffns_of_module, norm_before
-from yopo.adapters.skeleton import Probe, build_skeleton, probe_widths, shapes_of
-from yopo.adapters.structure import ffns_by_structure, prove
+from yopo.adapters.proof import prove
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
 
 __all__ = [
@@ -64,7 +63,7 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
 
     Known layouts come first; what they leave is searched by structure and proved by a trial run.
     An FFN whose width no config field sets is left out where the model has others: cutting it
-    would give a checkpoint that only yopo could load.
+    would give a checkpoint that only yopo could load. So is what only looks like an FFN.
 
     Args:
         model: A `PreTrainedModel` of transformers: a base model or one with any head.
@@ -72,13 +71,13 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
 
     Raises:
         UnsupportedModelError: If the model is not a `PreTrainedModel`, is wrapped, quantised,
-            sharded or offloaded, holds no FFN, shares some matrices of an FFN with another, or
-            something that looks like an FFN cannot be proved.
+            sharded or offloaded, holds no FFN that can be proved, or shares some matrices of an
+            FFN with another.
     """
     check_model(model)
     found = _distinct(_found_by_layout(model))
     check_parameters(found)
-    ffns = _with_fields(model, found)
+    ffns = with_fields(model, found)
     if any(ffn.width is not None for ffn in ffns):
         ffns = [ffn for ffn in ffns if ffn.width is not None]
     if not ffns:
@@ -90,38 +89,6 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
     if unproved and prove_unknown:
         ffns = _without_unproved(ffns, found, prove(model, unproved))
     return ffns
-
-
-def _with_fields(model: nn.Module, found: list[Ffn]) -> list[Ffn]:
-    """Return `found` with the config fields that set their widths, and what only those show.
-
-    Fields named like an FFN's width are tried first; the others where these do not suffice.
-    """
-    probes = probe_widths(model, {ffn.rows for ffn in found}, by_name=True)
-    ffns = _complete(model, found, probes, guess=True)
-    missing = {ffn.rows for ffn in ffns if ffn.width is None}
-    if missing or not ffns:
-        probes += probe_widths(model, missing, by_name=False)
-        ffns = _complete(model, found, probes, guess=not ffns)
-    return ffns
-
-
-def _complete(model: nn.Module, found: list[Ffn], probes: list[Probe], *, guess: bool) -> list[Ffn]:
-    """Return the FFNs `found` with the fields of `probes`, and those that only `probes` show.
-
-    A field that also sizes what belongs to no FFN, such as the input of a projector, is not free.
-    """
-    ffns = _with_widths(model, found, probes)
-    claimed = _axes(model, ffns)
-    for probe in probes if guess else ():
-        guessed = list(ffns_by_structure(model, probe, {name for name, _ in claimed}))
-        claimed |= _axes(model, guessed)
-        ffns += [replace(ffn, norm=norm_before(model, ffn.path)) for ffn in guessed]
-    bound = {(probe.path, probe.key) for probe in probes if probe.axes.items() - claimed}
-    return [
-        replace(ffn, width=None) if ffn.width and (ffn.width.path, ffn.width.key) in bound else ffn
-        for ffn in ffns
-    ]
 
 
 def _without_unproved(ffns: list[Ffn], found: list[Ffn], reasons: Mapping[str, str]) -> list[Ffn]:
@@ -184,58 +151,3 @@ def _distinct(ffns: list[Ffn]) -> list[Ffn]:
                 "removing rows of one would break the other. Untie them first."
             )
     return distinct
-
-
-def _with_widths(model: nn.Module, ffns: list[Ffn], probes: list[Probe]) -> list[Ffn]:
-    """Return `ffns` with the config field that sets each width, and what else grows with it."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    shapes = shapes_of(model)
-    dense = shapes_of(build_skeleton(model, {})) if probes else {}
-    by_axis: dict[tuple[str, int], Probe] = {}
-    for probe in probes:
-        if all(dense[name] == shapes[name] for name in probe.axes):
-            by_axis = dict.fromkeys(probe.axes.items(), probe) | by_axis
-    chosen = {ffn.name: by_axis.get(_place(ffn.contract, names)) for ffn in ffns}
-    extras: dict[str, list[Slot]] = defaultdict(list)
-    for used in {id(probe): probe for probe in chosen.values() if probe is not None}.values():
-        for owner, slot in _companions(model, ffns, used):
-            extras[owner].append(slot)
-    return [
-        ffn
-        if probe is None
-        else replace(
-            ffn, width=probe.field_for(ffn.rows), vectors=(*ffn.vectors, *extras[ffn.name])
-        )
-        for ffn, probe in ((ffn, chosen[ffn.name]) for ffn in ffns)
-    ]
-
-
-def _axes(model: nn.Module, ffns: Sequence[Ffn]) -> set[tuple[str, int]]:
-    """Return by name the parameters in which `ffns` have rows, with the axis they run along."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {_place(slot, names) for ffn in ffns for slot in ffn.slots}
-
-
-def _place(slot: Slot, names: Mapping[int, str]) -> tuple[str, int]:
-    return names[id(slot.parameter)], slot.axis + (slot.expert is not None)
-
-
-def _companions(model: nn.Module, ffns: list[Ffn], probe: Probe) -> list[tuple[str, Slot]]:
-    """Return parameters that grow with an FFN without being matrices of it, with their owner.
-
-    The gain of a norm between expand and contract is one.
-    """
-    claimed = {name for name, _ in _axes(model, ffns)}
-    companions = []
-    for name, axis in probe.axes.items():
-        if name in claimed:
-            continue
-        owners = [ffn for ffn in ffns if name.startswith(ffn.path + ".")]
-        if not owners:
-            continue
-        owner = max(owners, key=lambda ffn: len(ffn.path))
-        path, _, key = name.rpartition(".")
-        length = model.get_parameter(name).shape[axis]
-        for start in {owner.rows: [0], 2 * owner.rows: [0, owner.rows]}.get(length, []):
-            companions.append((owner.name, Slot(model.get_submodule(path), key, axis, start)))
-    return companions
