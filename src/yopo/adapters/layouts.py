@@ -63,7 +63,6 @@ LAYOUTS: list[Layout] = [
     Layout(("w_in.w_0", "w_in.w_1"), "w_out"),  # CPM-Ant
     Layout(("input_linear",), "output_linear"),  # JetMoE, Granite
     Layout(("proj_up_gate", "proj_up"), "proj_down"),  # xLSTM
-    Layout(("proj_up_gate_z",), "proj_down"),  # xLSTM, fused
 ]
 """Rows are tried in this order; `register_adapter` puts new ones in front."""
 
