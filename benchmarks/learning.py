@@ -42,7 +42,7 @@ def output_error(model: Any, plan: yopo.PruningPlan, inputs: dict[str, torch.Ten
     rewards = []
     for ffn in ffns:
         found = moments[ffn.name]
-        second_FF = found.second_FF if ffn.contract_bias() is None else found.covariance()
+        second_FF = found.behind(ffn.contract_bias())
         kept_1K = plan.kept[ffn.name][None]
         rewards.append(float(output_reward(second_FF, ffn.contract_weight(), kept_1K)))
     return math.exp(-statistics.fmean(rewards))

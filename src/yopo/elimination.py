@@ -50,9 +50,7 @@ def ffn_elimination_order(ffn: Ffn, moments: Moments) -> Tensor:
 
     Where the contract matrix has a bias, restoring absorbs means, so moments are central.
     """
-    biased = ffn.contract_bias() is not None
-    second_FF = moments.covariance() if biased else moments.second_FF
-    return elimination_order(second_FF, ffn.contract_weight())
+    return elimination_order(moments.behind(ffn.contract_bias()), ffn.contract_weight())
 
 
 def _drop_block(inverse_FF: Tensor, gram_FF: Tensor, alive_F: Tensor, size: int) -> list[Tensor]:

@@ -43,6 +43,13 @@ class Moments:
         """Return the covariance of h, `(F, F)` in float64."""
         return self.second_FF - torch.outer(self.mean_F, self.mean_F)
 
+    def behind(self, bias_D: Tensor | None) -> Tensor:
+        """Return what counts of the moments in front of a bias, `(F, F)` in float64.
+
+        A bias absorbs means, so behind one it is the covariance; else the second moments.
+        """
+        return self.second_FF if bias_D is None else self.covariance()
+
 
 def read_moments(
     model: nn.Module, ffns: Sequence[Ffn], inputs: dict[str, Tensor]

@@ -133,7 +133,7 @@ def _prepared(ffn: Ffn, moments: Moments | None) -> tuple[Tensor, _Earn]:
     spectrum = Spectrum.of(ffn.expand_weights()[0])
     if moments is None:
         return row_features(ffn), partial(spectral_reward, spectrum)
-    second_FF = moments.second_FF if ffn.contract_bias() is None else moments.covariance()
+    second_FF = moments.behind(ffn.contract_bias())
     contract_FD = ffn.contract_weight()
 
     def earn(kept_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def restore_contract(
         ridge: λ as a share of the mean diagonal.
     """
     weights_FD = contract_FD.double()
-    second_FF = moments.covariance() if bias_D is not None else moments.second_FF
+    second_FF = moments.behind(bias_D)
     kept_K = kept_K.to(second_FF.device)
     dropped_F = torch.ones(len(second_FF), dtype=torch.bool, device=second_FF.device)
     dropped_F[kept_K] = False
