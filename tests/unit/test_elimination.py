@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from yopo.elimination import elimination_order
+from yopo import find_ffns
+from yopo.elimination import (
+    eliminate,
+    elimination_order,
+    ffn_elimination,
+    ffn_elimination_order,
+)
+from yopo.moments import imagine_moments
 
 
 def moments(rows, *, tokens, seed=0):
@@ -20,23 +27,63 @@ def loss_after_solving(second, contract, dropped):
     return float((change * (second @ change)).sum())
 
 
-def order_by_brute_force(second, contract):
-    dropped = []
+def eliminate_by_brute_force(second, contract):
+    """Return the rows in order, and by how much each raises the error."""
+    dropped, totals = [], [0.0]
     for _ in range(len(second)):
         left = [row for row in range(len(second)) if row not in dropped]
-        if len(left) == 1:
-            return dropped + left
         losses = {row: loss_after_solving(second, contract, [*dropped, row]) for row in left}
         dropped.append(min(losses, key=losses.get))
-    return dropped
+        totals.append(losses[dropped[-1]])
+    return dropped, torch.tensor(totals, dtype=torch.float64).diff()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 3), (7, 3), (12, 20)])
 def test_each_row_dropped_is_the_one_that_costs_least_once_the_others_are_solved(rows, columns):
     second = moments(rows, tokens=400)
     contract = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).double()
-    order = elimination_order(second, contract, ridge=1e-12)
-    assert order.tolist() == order_by_brute_force(second, contract)
+    found = eliminate(second, contract, ridge=1e-12)
+    order, losses = eliminate_by_brute_force(second, contract)
+    assert found.order_F.tolist() == order
+    assert found.loss_F.dtype == torch.float64
+    torch.testing.assert_close(found.loss_F, losses, rtol=1e-6, atol=1e-9)
+
+
+def test_all_losses_add_up_to_the_mean_square_of_the_output():
+    second = moments(150, tokens=60)
+    contract = torch.randn(150, 8, generator=torch.Generator().manual_seed(1)).double()
+    damped = second + 1e-2 * second.diagonal().mean() * torch.eye(150)
+    found = eliminate(second, contract)
+    assert float(found.loss_F.min()) >= 0
+    assert float(found.loss_F.sum()) == pytest.approx(
+        float((contract * (damped @ contract)).sum()), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("drops", [0, 1, 64, 65, 89, 90, 91])
+def test_whoever_stops_early_gets_the_same_drops_and_the_others_by_what_they_would_cost(drops):
+    second = moments(90, tokens=300)
+    contract = torch.randn(90, 16, generator=torch.Generator().manual_seed(1))
+    full, part = eliminate(second, contract), eliminate(second, contract, drops=drops)
+    assert part.order_F[:drops].tolist() == full.order_F[:drops].tolist()
+    torch.testing.assert_close(part.loss_F[:drops], full.loss_F[:drops])
+    assert part.order_F.sort().values.tolist() == list(range(90))
+    if drops < 90:
+        assert part.order_F[drops] == full.order_F[drops]
+        assert part.loss_F[drops:].tolist() == part.loss_F[drops:].sort().values.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_an_ffn_with_a_bias_is_judged_by_central_moments(tiny_model, kind):
+    model = tiny_model(kind)
+    ffn = find_ffns(model)[0]
+    found = imagine_moments(model, ffn, tokens=500, seed=0)
+    central = found.covariance() if kind == "opt" else found.second_FF
+    expected = eliminate(central, ffn.contract_weight())
+    eliminated = ffn_elimination(ffn, found)
+    assert torch.equal(eliminated.order_F, expected.order_F)
+    assert torch.equal(eliminated.loss_F, expected.loss_F)
+    assert torch.equal(ffn_elimination_order(ffn, found), expected.order_F)
 
 
 def test_blocks_change_nothing(monkeypatch):
