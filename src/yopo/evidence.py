@@ -56,8 +56,9 @@ class Evidence:
         """
         groups = list(_groups(ffns))
         checksum = _checksum(model) if len(groups) == 1 else b""
-        if self._seen is not None and self._seen[0] == checksum:
-            yield from ((ffn, self._seen[1][ffn.name]) for ffn in ffns)
+        seen, found = self._seen or (b"", {})
+        if seen == checksum and all(ffn.name in found for ffn in ffns):
+            yield from ((ffn, found[ffn.name]) for ffn in ffns)
             return
         for group, found in self._by_group(model, groups):
             if len(groups) == 1:
