@@ -24,7 +24,7 @@ from yopo.adapters import Ffn
 from yopo.moments import Moments
 
 _BLOCK = 64
-_SHRINK = 7 / 8
+_SHRINK = 3 / 4
 """Share of alive rows at which the matrices are cut down to them: each cut is a copy."""
 _TINY = 1e-300
 
@@ -77,8 +77,8 @@ def eliminate(
             alive_A = diagonal_2F[1].isfinite().nonzero()[:, 0]
             names_F, diagonal_2F = names_F[alive_A], diagonal_2F[:, alive_A]
             if left:
-                thin_2BF = thin_2BF[:, :, alive_A]
-                both_2FF = both_2FF[:, alive_A][:, :, alive_A]
+                thin_2BF = thin_2BF.index_select(2, alive_A)
+                both_2FF = both_2FF.index_select(1, alive_A).index_select(2, alive_A)
         if left:
             u_BF, s_BF = thin_2BF
             both_2FF[0].addmm_(u_BF.T, u_BF, alpha=-1)
