@@ -1,148 +1,251 @@
 """Perplexity of every method at every ratio on every model at hand.
 
-    python benchmarks/quality.py                      all models, ratios 0.1 to 0.6
-    python benchmarks/quality.py --models embedded    one of them; rows of the others stay
+    python benchmarks/quality.py                          all there is, ratios 0.1 to 0.6
+    python benchmarks/quality.py --models llama-s         one model; rows of the others stay
+    python benchmarks/quality.py --methods yopo FLAP      methods whose names hold one of these
+    python benchmarks/quality.py --path MODEL --text FILE any model on disk; half of the text is to
+                                                          calibrate on, half to measure on
 
-Writes results/quality.json, .md and .png. "share" is the excess log-perplexity over dense as a
-share of what random rows lose. All methods keep int((1 - ratio) n) rows. Seconds are means over
-ratios, of which the first pays for evidence and training.
+Writes results/quality.json, cost.json, quality.md and a plot for each model.
+
+All methods keep int((1 - ratio) n) rows of each FFN. Cells show perplexity, ± its standard
+deviation over seeds where something is random, and in brackets the excess log-perplexity over
+dense as a share of what random rows lose: 0 is dense, 1 is random. What looks at real text is
+called calibrated. Seconds, and MiB above the loaded model, are those of one cold run at ratio 0.3
+on one thread.
 """
 
 import argparse
+import logging
 import math
+import os
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 import yopo
-from common import RESULTS, Subject, keep_result, kept_rows, quiet, subjects
-from yopo import criteria
+from bars import Row, bars
+from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, quiet, subjects
+from cost import cost_of
+from methods import ENTRIES, Entry, Workbench
 from yopo.evaluation import perplexity
 from yopo.report import format_table, plot_perplexities
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-SEEDS = (0, 1, 2)
+COST_RATIO = 0.3
 
-Method = Callable[[Any, float, int, Subject], None]
-"""Prunes a model in place, for a ratio and a seed."""
-
-
-def _criterion(score: Callable[[int], criteria.Criterion]) -> Method:
-    def prune(model: Any, ratio: float, seed: int, subject: Subject) -> None:
-        plan = yopo.plan_by_criterion(model, ratio, criterion=score(seed), multiple_of=1)
-        yopo.apply_plan(model, plan)
-
-    return prune
-
-
-def _published(model: Any, ratio: float, seed: int, subject: Subject) -> None:
-    yopo.PolicyPruner.prunenet(ratio=ratio, seed=seed).fit(model).prune(model, ratio)
-
-
-def _ours(*, calibrated: bool = False, **settings: Any) -> Method:
-    """Return a method of ours; one pruner serves all ratios, and remembers its evidence."""
-    pruners: dict[tuple[str, int], yopo.PolicyPruner] = {}
-
-    def prune(model: Any, ratio: float, seed: int, subject: Subject) -> None:
-        key = (subject.name, seed)
-        if key not in pruners:
-            evidence = {"evidence": subject.real_NW} if calibrated else {}
-            pruner = yopo.PolicyPruner(seed=seed, multiple_of=1, **settings, **evidence)
-            pruners[key] = pruner.fit(model)
-        pruners[key].prune(model, ratio)
-
-    return prune
+PLOTTED = (
+    "random rows",
+    "row norm",
+    "OptiPFair VOW",
+    "PruneNet as published",
+    "yopo, from weights alone",
+    "yopo",
+    "calibrated: OptiPFair MAW",
+    "calibrated: Wanda-sp",
+    "calibrated: FLAP",
+    "calibrated: Taylor",
+    "calibrated: yopo on real text",
+)
 
 
-METHODS: dict[str, tuple[Method, tuple[int, ...]]] = {
-    "random rows": (_criterion(criteria.random_rows), SEEDS),
-    "row norm": (_criterion(lambda seed: criteria.row_norm), (0,)),
-    "norm product": (_criterion(lambda seed: criteria.norm_product), (0,)),
-    "PruneNet as published": (_published, SEEDS),
-    "spectral reward, learned": (_ours(reward="spectral", restore=False), SEEDS),
-    "elimination, no restoring": (_ours(restore=False), SEEDS),
-    "yopo, from weights alone": (_ours(evidence="weights"), SEEDS),
-    "yopo": (_ours(), SEEDS),
-    "calibrated: yopo on real text": (_ours(calibrated=True), (0,)),
-}
-
-
-def measure(subject: Subject, ratios: list[float]) -> list[dict[str, Any]]:
-    """Return one row for each method and ratio on one model."""
+def measure(subject: Subject, entries: dict[str, Entry], ratios: list[float]) -> list[Row]:
+    """Return one row for each method and ratio on one model, with no perplexity where it cannot."""
     dense = perplexity(subject.load(), subject.test_T)
-    rows: list[dict[str, Any]] = []
-    for name, (method, seeds) in METHODS.items():
+    bench = Workbench(subject)
+    rows: list[Row] = []
+    for name, entry in entries.items():
         for ratio in ratios:
-            values, seconds = [], []
-            for seed in seeds:
-                model = subject.load()
-                started = time.perf_counter()
-                method(model, ratio, seed, subject)
-                seconds.append(time.perf_counter() - started)
-                values.append(perplexity(model, subject.test_T))
-            rows.append(
-                {
-                    "model": subject.name,
-                    "method": name,
-                    "ratio": ratio,
-                    "dense": dense,
+            row: Row = {"model": subject.name, "method": name, "ratio": ratio, "dense": dense}
+            try:
+                values = [_left(subject, bench, entry, ratio, seed) for seed in entry.seeds]
+            except yopo.UnsupportedModelError as error:
+                row |= {"perplexity": None, "absent": str(error)}
+            else:
+                row |= {
                     "perplexity": statistics.fmean(values),
                     "spread": statistics.stdev(values) if len(values) > 1 else None,
                     "excess": statistics.fmean(math.log(value / dense) for value in values),
-                    "seconds": statistics.fmean(seconds),
                 }
-            )
-            print(rows[-1], flush=True)
-    lost = {row["ratio"]: row["excess"] for row in rows if row["method"] == "random rows"}
-    return [row | {"share": row["excess"] / lost[row["ratio"]]} for row in rows]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Return a page with one table for each model: perplexity and, in brackets, the share."""
-    lines = ["# Quality", "", __doc__.split("\n\n")[2].strip(), ""]
+def measure_cost(subject: Subject, entries: dict[str, Entry]) -> list[Row]:
+    """Return what each method costs on one model."""
+    model = subject.load()
+    # The first text, solution and spectrum of a process load what later ones find loaded.
+    yopo.PolicyPruner(evidence=subject.real_NW[:1], multiple_of=1).fit(model).plan(model, 0.3)
+    model.generate(subject.real_NW[:1, :2], max_new_tokens=2, do_sample=True)
+    torch.linalg.svdvals(torch.eye(2))
+    rows = []
+    for name, entry in entries.items():
+        if entry.costed:
+            run = partial(_run, entry, Workbench(subject), model)
+            found = cost_of(run)
+            if found:
+                rows.append({"model": subject.name, "method": name, "ratio": COST_RATIO} | found)
+                print(rows[-1], flush=True)
+    return rows
+
+
+def with_shares(rows: list[Row]) -> list[Row]:
+    """Return the rows with their share of what random rows lose."""
+    lost = {
+        (row["model"], row["ratio"]): row["excess"]
+        for row in rows
+        if row["method"] == "random rows"
+    }
+    shared = []
+    for row in rows:
+        random = lost.get((row["model"], row["ratio"]))
+        known = random is not None and row["perplexity"] is not None
+        shared.append(row | {"share": row["excess"] / random if known else None})
+    return shared
+
+
+def page(rows: list[Row], costs: list[Row]) -> str:
+    """Return the page: bars, then for each model the methods, and the steps of ours alone."""
+    lines = ["# Quality", "", __doc__.split("\n\n")[3].strip(), ""]
+    lines += [bars([row for row in rows if row["perplexity"] is not None])]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        ratios = list(dict.fromkeys(row["ratio"] for row in own))
-        table = [["method", *(f"{ratio:g}" for ratio in ratios), "seconds"]]
-        for name in dict.fromkeys(row["method"] for row in own):
-            mine = [row for row in own if row["method"] == name]
-            cells = [f"{row['perplexity']:.2f} ({row['share']:.3f})" for row in mine]
-            seconds = statistics.fmean(row["seconds"] for row in mine)
-            table.append([name, *cells, f"{seconds:.1f}"])
-        lines += [f"## {model}, dense {own[0]['dense']:.2f}", "", format_table(table), ""]
-    return "\n".join(lines)
+        spent = {row["method"]: row for row in costs if row["model"] == model}
+        lines += [f"## {model}, dense {own[0]['dense']:.2f}", "", _table(own, spent, "main"), ""]
+        absent = {row["method"]: row["absent"] for row in own if row["perplexity"] is None}
+        lines += [f"* {name} is absent: {reason}" for name, reason in absent.items()]
+        lines += ["", "Steps of ours, alone and together:", "", _table(own, spent, "ablation"), ""]
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def plot(rows: list[Row], model: str) -> None:
+    """Draw the methods that matter, at the ratios that all of them were measured at."""
+    own = [row for row in rows if row["model"] == model and row["perplexity"] is not None]
+    found = {
+        name: {row["ratio"]: row["perplexity"] for row in own if row["method"] == name}
+        for name in PLOTTED
+    }
+    found = {name: values for name, values in found.items() if values}
+    ratios = sorted(set.intersection(*(set(values) for values in found.values())))
+    plot_perplexities(
+        RESULTS / f"quality-{model}.png",
+        ratios,
+        {name: [values[ratio] for ratio in ratios] for name, values in found.items()},
+        dense=own[0]["dense"],
+        title=f"{model}: perplexity after pruning",
+    )
+
+
+def subject_on_disk(path: Path, text: Path, windows: int = 32) -> Subject:
+    """Return a model on disk, with the first half of a text to calibrate on, the rest to measure.
+
+    Raises:
+        SystemExit: If the text is shorter than two windows.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    content = text.read_text(encoding="utf-8")
+    ids_T = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids)
+    half = len(ids_T) // 2
+    if half < WINDOW:
+        raise SystemExit(f"{text} holds {len(ids_T)} tokens; at least {2 * WINDOW} are needed.")
+    real_NW = ids_T[: half // WINDOW * WINDOW].view(-1, WINDOW)[:128]
+    return Subject(path.name, path, ids_T[half:][: windows * WINDOW], real_NW)
+
+
+def _left(subject: Subject, bench: Workbench, entry: Entry, ratio: float, seed: int) -> float:
+    model = subject.load()
+    entry.prune(bench, model, ratio, seed)
+    return perplexity(model, subject.test_T)
+
+
+def _run(entry: Entry, bench: Workbench, model: Any) -> None:
+    entry.prune(bench, model, COST_RATIO, entry.seeds[0])
+
+
+def _table(rows: list[Row], spent: dict[str, Row], which: str) -> str:
+    names = [name for name, entry in ENTRIES.items() if entry.table == which]
+    if which == "ablation":  # what the steps are parts of, or compare with
+        names = ["random rows", "row norm", *names, "yopo, from weights alone", "yopo"]
+        names.append("calibrated: yopo on real text")
+    ratios = sorted({row["ratio"] for row in rows})
+    table = [["method", *(f"{ratio:g}" for ratio in ratios), "seconds", "MiB"]]
+    for name in names:
+        mine = {row["ratio"]: row for row in rows if row["method"] == name}
+        cost = spent.get(name)
+        cells = [_cell(mine.get(ratio)) for ratio in ratios]
+        cells += [f"{cost['seconds']:.1f}", f"{cost['mebibytes']:.0f}"] if cost else ["", ""]
+        if mine:
+            table.append([name, *cells])
+    return format_table(table)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["perplexity"] is None:
+        return "absent"
+    cell = f"{row['perplexity']:.2f}"
+    if row["spread"] is not None:
+        cell += f" ± {row['spread']:.2f}"
+    return cell if row["share"] is None else f"{cell} ({row['share']:.3f})"
+
+
+def _merged(old: list[Row], new: list[Row], keys: tuple[str, ...]) -> list[Row]:
+    """Return the old rows without those that were measured again, and the new ones."""
+    again = {tuple(row[key] for key in keys) for row in new}
+    return [row for row in old if tuple(row[key] for key in keys) not in again] + new
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--methods", nargs="+", default=[""])
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    parser.add_argument("--path", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--threads", type=int, default=1, help="for quality; cost has one")
+    parser.add_argument("--skip-cost", action="store_true")
+    arguments = parser.parse_args()
+    if (arguments.path is None) != (arguments.text is None):
+        parser.error("--path and --text go together")
+    return arguments
 
 
 def main() -> None:
     """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--models", nargs="+")
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = _arguments()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
     quiet()
+    logging.getLogger("yopo").setLevel(logging.ERROR)  # widths differ on the way, layer by layer
+    entries = {
+        name: entry
+        for name, entry in ENTRIES.items()
+        if any(word in name for word in arguments.methods)
+    }
+    if arguments.path is not None:
+        chosen = [subject_on_disk(arguments.path, arguments.text)]
+    else:
+        names = arguments.models
+        chosen = [subject for subject in subjects() if names is None or subject.name in names]
+    costs = kept_rows("cost")
+    if not arguments.skip_cost:
+        for subject in chosen:  # all of them first, while this process is fit to be forked
+            costs = _merged(costs, measure_cost(subject, entries), ("model", "method"))
+            keep_result("cost", costs)
+    torch.set_num_threads(arguments.threads)
     rows = kept_rows("quality")
-    for subject in subjects():
-        if arguments.models is None or subject.name in arguments.models:
-            rows = [row for row in rows if row["model"] != subject.name]
-            rows += measure(subject, arguments.ratios)
-            keep_result("quality", rows)
-            (RESULTS / "quality.md").write_text(tables(rows), encoding="utf-8")
-            own = [row for row in rows if row["model"] == subject.name]
-            plot_perplexities(
-                RESULTS / f"quality-{subject.name}.png",
-                arguments.ratios,
-                {
-                    name: [row["perplexity"] for row in own if row["method"] == name]
-                    for name in METHODS
-                },
-                dense=own[0]["dense"],
-                title=f"{subject.name}: perplexity after pruning",
-            )
+    for subject in chosen:
+        found = measure(subject, entries, arguments.ratios)
+        rows = with_shares(_merged(rows, found, ("model", "method", "ratio")))
+        keep_result("quality", rows)
+        (RESULTS / "quality.md").write_text(page(rows, costs), encoding="utf-8")
+        plot(rows, subject.name)
 
 
 if __name__ == "__main__":
