@@ -80,6 +80,9 @@ def plot_perplexities(
 ) -> None:
     """Draw perplexity against ratio, a line for each method, and save it as `path`.
 
+    Methods whose names begin with "calibrated" are dashed. The legend of many lines stands beside
+    the plot, where it covers none.
+
     Raises:
         YopoError: If matplotlib is not installed.
     """
@@ -90,11 +93,14 @@ def plot_perplexities(
             'plots need matplotlib: pip install "yopo-prune[plot]" (not "yopo", which is another '
             "project)."
         ) from error
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    crowded = len(perplexities) > 6
+    figure = Figure(figsize=(9.0, 4.5) if crowded else (7.0, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense, color="0.5", linestyle=":", label="dense")
     for (name, values), marker in zip(perplexities.items(), cycle("os^vDPX<>"), strict=False):
         style: dict[str, Any] = {"color": "crimson", "linewidth": 3.0} if name == "yopo" else {}
+        if name.startswith("calibrated"):
+            style["linestyle"] = "--"
         axes.plot(ratios, values, marker=marker, label=name, **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -103,5 +109,6 @@ def plot_perplexities(
     axes.set(xlabel="ratio (share of FFN rows removed)", ylabel="perplexity", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if crowded else {}
+    axes.legend(frameon=False, **beside)
     figure.savefig(path, dpi=150)
