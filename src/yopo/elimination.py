@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from yopo.adapters import Ffn
+from yopo.damping import damped_cholesky
 from yopo.moments import Moments
 
 _BLOCK = 64
@@ -78,7 +79,8 @@ def eliminate(
             names_F, diagonal_2F = names_F[alive_A], diagonal_2F[:, alive_A]
             if left:
                 thin_2BF = thin_2BF.index_select(2, alive_A)
-                both_2FF = both_2FF.index_select(1, alive_A).index_select(2, alive_A)
+                both_2FF = both_2FF.index_select(1, alive_A)
+                both_2FF = both_2FF.index_select(2, alive_A)
         if left:
             u_BF, s_BF = thin_2BF
             both_2FF[0].addmm_(u_BF.T, u_BF, alpha=-1)
@@ -158,10 +160,9 @@ def _losses(diagonal_2F: Tensor) -> Tensor:
 
 def _inverse_and_gram(second_FF: Tensor, contract_FD: Tensor, ridge: float) -> Tensor:
     """Return the inverse of the damped second moments and the products of the columns."""
-    weights_FD = contract_FD.to(second_FF.dtype)
-    damped_FF = second_FF.clone()
-    damped_FF.diagonal().add_(ridge * second_FF.diagonal().mean().clamp_min(1e-30))
+    weights_FD = contract_FD.to(second_FF)
+    inverse_FF = torch.cholesky_inverse(damped_cholesky(second_FF, ridge))
     both_2FF = second_FF.new_empty(2, *second_FF.shape)
-    both_2FF[0] = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF))
+    both_2FF[0] = inverse_FF
     torch.mm(weights_FD, weights_FD.T, out=both_2FF[1])
     return both_2FF

@@ -4,7 +4,6 @@ Shapes: N sequences, W tokens a sequence.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,8 +12,18 @@ from torch import Tensor, nn
 
 from yopo.adapters import Ffn
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.memory import is_out_of_memory, memory_left, moments_bytes, too_little_memory
 from yopo.moments import Moments, imagine_moments, read_moments
 from yopo.writing import LENGTH, SEQUENCES, can_write, write_tokens
+
+_SHARE = 2 / 3
+"""Share of the memory left that moments and the work on them may take."""
+
+_WORK = 6
+"""Matrices as large as the moments of an FFN that elimination or restoring needs beside them."""
+
+_CHUNK = 2**20
+"""Numbers that are summed up at a time."""
 
 
 class Evidence:
@@ -43,59 +52,74 @@ class Evidence:
                 f'`evidence` must be "auto", "self", "weights" or token ids, got {kind!r}.'
             )
         self._kind, self._seed = kind, seed
-        self._seen: tuple[bytes, dict[str, Moments]] | None = None
+        self._checksum, self._inputs = b"", dict[str, Tensor]()
+        self._seen: dict[str, Moments] = {}
 
     def moments(self, model: nn.Module, ffns: Sequence[Ffn]) -> Iterator[tuple[Ffn, Moments]]:
         """Yield each FFN with its moments, holding no more at once than memory allows.
 
-        Moments that fit into memory together are remembered for models with the same weights.
+        Moments that fit into memory together are remembered for models with the same weights, and
+        so is the text that a model has written.
 
         Raises:
-            UnsupportedModelError: If the model writes NaN, or cannot serve as asked.
+            UnsupportedModelError: If the model writes NaN, or cannot serve as asked, or there is
+                too little memory for the moments of one FFN.
             InvalidArgumentError: If the model cannot read the tokens given.
         """
-        groups = list(_groups(ffns))
-        checksum = _checksum(model) if len(groups) == 1 else b""
-        seen, found = self._seen or (b"", {})
-        if seen == checksum and all(ffn.name in found for ffn in ffns):
-            yield from ((ffn, found[ffn.name]) for ffn in ffns)
+        checksum = _checksum(model)
+        if checksum != self._checksum:
+            self._checksum, self._inputs, self._seen = checksum, {}, {}
+        if all(ffn.name in self._seen for ffn in ffns):
+            yield from ((ffn, self._seen[ffn.name]) for ffn in ffns)
             return
-        for group, found in self._by_group(model, groups):
-            if len(groups) == 1:
-                self._seen = (checksum, found)
-            yield from ((ffn, found[ffn.name]) for ffn in group)
+        self._seen = {}
+        waiting = list(_groups(ffns))
+        inputs = self._inputs = self._inputs or self._find_inputs(model)
+        while waiting:
+            group = waiting.pop(0)
+            found = self._measure(model, group, inputs)
+            if found is None:  # less memory is left than it seemed
+                half = len(group) // 2
+                waiting = [group[:half], group[half:], *waiting]
+            elif len(group) == len(ffns):
+                self._seen = found
+                yield from ((ffn, found[ffn.name]) for ffn in ffns)
+            else:
+                yield from ((ffn, found.pop(ffn.name)) for ffn in group)
 
-    def _by_group(
-        self, model: nn.Module, groups: list[list[Ffn]]
-    ) -> Iterator[tuple[list[Ffn], dict[str, Moments]]]:
+    def _find_inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what the model is to read, nothing where weights alone are looked at."""
         kind = self._kind
-        if isinstance(kind, str) and kind == "auto":
-            kind = "self" if can_write(model) else "weights"
         if isinstance(kind, Tensor):
             _check_tokens(model, kind)
-            inputs = {"input_ids": kind}
-        elif kind == "self":
-            if not can_write(model):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} does not generate text, so it cannot write its own "
-                    "evidence. Use the model with its language-model head, or "
-                    "`evidence='weights'`."
-                )
-            inputs = write_tokens(model, seed=self._seed)
-        else:
-            inputs = {}
-        for group in groups:
+            return {"input_ids": kind}
+        if kind == "weights" or (kind == "auto" and not can_write(model)):
+            return {}
+        if not can_write(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not generate text, so it cannot write its own "
+                "evidence. Use the model with its language-model head, or "
+                "`evidence='weights'`."
+            )
+        return write_tokens(model, seed=self._seed)
+
+    def _measure(
+        self, model: nn.Module, group: Sequence[Ffn], inputs: dict[str, Tensor]
+    ) -> dict[str, Moments] | None:
+        """Return the moments of a group, or None where several together exceed the memory."""
+        try:
             if inputs:
-                yield group, read_moments(model, group, inputs)
-            else:
-                tokens = SEQUENCES * LENGTH
-                yield (
-                    group,
-                    {
-                        f.name: imagine_moments(model, f, tokens=tokens, seed=self._seed)
-                        for f in group
-                    },
-                )
+                return read_moments(model, group, inputs)
+            tokens = SEQUENCES * LENGTH
+            return {
+                f.name: imagine_moments(model, f, tokens=tokens, seed=self._seed) for f in group
+            }
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(group) == 1:
+                raise too_little_memory(group[0]) from error
+        return None
 
 
 def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
@@ -121,24 +145,52 @@ def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
 
 
 def _checksum(model: nn.Module) -> bytes:
-    """Return a checksum of the class and all weights of `model`."""
+    """Return a checksum of the class and all weights of `model`, summed up where they lie."""
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(2**62, (_CHUNK,), generator=generator, device="cpu") * 2 + 1
+    odd_by_device: dict[torch.device, Tensor] = {}
     digest = hashlib.blake2b(repr(type(model)).encode(), digest_size=16)
-    for parameter in model.parameters():
-        numbers = parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy()
-        digest.update(numbers.tobytes())
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().reshape(-1)
+        spare = -len(numbers) % (8 // numbers.element_size())
+        if spare or numbers.storage_offset() * numbers.element_size() % 8:
+            numbers = torch.cat([numbers, numbers.new_zeros(spare)])
+        device = parameter.device
+        if device not in odd_by_device:
+            odd_by_device[device] = odd.to(device)
+        # Products of integers wrap around, so with odd factors no single change goes unseen.
+        sums = [
+            (chunk * odd_by_device[device][: len(chunk)]).sum()
+            for chunk in torch.split(numbers.view(torch.int64), _CHUNK)
+        ]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.digest()
 
 
 def _groups(ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
-    """Split `ffns` into runs whose moments take at most a quarter of the machine's memory."""
-    budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    group: list[Ffn] = []
-    used = 0
+    """Split `ffns` into runs whose moments fit into memory, wherever each FFN lies.
+
+    Raises:
+        UnsupportedModelError: If those of one FFN alone do not.
+    """
+    most: dict[torch.device, Ffn] = {}
     for ffn in ffns:
-        size = 8 * ffn.rows**2
-        if group and used + size > budget:
+        device = ffn.contract.parameter.device
+        most[device] = max(ffn, most.get(device, ffn), key=moments_bytes)
+    spare: dict[torch.device, float] = {}
+    for device, ffn in most.items():
+        memory, work = memory_left(device), _WORK * moments_bytes(ffn)
+        if memory < work:
+            raise too_little_memory(ffn)
+        spare[device] = _SHARE * memory - work
+    group: list[Ffn] = []
+    left = dict(spare)
+    for ffn in ffns:
+        device, size = ffn.contract.parameter.device, moments_bytes(ffn)
+        if group and left[device] < size:
             yield group
-            group, used = [], 0
+            group, left = [], dict(spare)
         group.append(ffn)
-        used += size
+        left[device] -= size
     yield group

@@ -101,10 +101,15 @@ def imagine_moments(model: nn.Module, ffn: Ffn, *, tokens: int, seed: int) -> Mo
 
 
 class _Sums:
-    """Sum up hidden units and their products."""
+    """Sum up hidden units and their products.
+
+    Units are taken around the mean of the first batch, so that products in float32 hold the
+    variance also of a unit whose mean is a thousand times larger.
+    """
 
     def __init__(self, second_FF: Tensor, first_F: Tensor) -> None:
         self.second_FF, self.first_F, self.tokens = second_FF, first_F, 0
+        self.centre_F = first_F.float()
 
     @classmethod
     def zeros(cls, ffn: Ffn) -> "_Sums":
@@ -114,13 +119,20 @@ class _Sums:
 
     def add(self, hidden_TF: Tensor) -> None:
         hidden_TF = hidden_TF.detach().reshape(-1, hidden_TF.shape[-1]).float()
+        if self.tokens == 0 and len(hidden_TF):
+            self.centre_F = hidden_TF.mean(dim=0)
+        hidden_TF = hidden_TF - self.centre_F
         self.second_FF += hidden_TF.T @ hidden_TF
-        self.first_F += hidden_TF.sum(dim=0)
+        self.first_F += hidden_TF.sum(dim=0, dtype=torch.float64)
         self.tokens += len(hidden_TF)
 
     def moments(self) -> Moments:
-        count = max(self.tokens, 1)
-        return Moments(self.second_FF / count, self.first_F / count, self.tokens)
+        """Return the moments; the sums are used up."""
+        count, centre_F = max(self.tokens, 1), self.centre_F.double()
+        mean_F = self.first_F / count
+        second_FF = self.second_FF.div_(count)
+        second_FF.addr_(mean_F + centre_F, centre_F).addr_(centre_F, mean_F)
+        return Moments(second_FF, mean_F + centre_F, self.tokens)
 
 
 class _Watch(TorchFunctionMode):

@@ -183,3 +183,118 @@ def test_an_encoder_that_writes_nothing_is_pruned_from_its_weights():
     yopo.PolicyPruner().fit(model).prune(model, 0.5)
     assert model.config.intermediate_size == 40
     assert torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
+
+
+def test_a_unit_whose_mean_is_large_keeps_its_variance(tiny_model):
+    model = tiny_model("opt")
+    ffn = find_ffns(model)[0]
+    with torch.no_grad():
+        ffn.vectors[0].read(ffn.rows)[:] = 3e4
+    ids = torch.randint(3, 60, (64, 12), generator=torch.Generator().manual_seed(0))
+    units = independent_units(model, ids, model.get_submodule("model.decoder.layers.0.fc2"))
+    covariance = read_moments(model, [ffn], {"input_ids": ids})[ffn.name].covariance()
+    torch.testing.assert_close(covariance, torch.cov(units.T, correction=0), rtol=1e-2, atol=1e-6)
+
+
+def moments_of(evidence, model):
+    return {ffn.name: found for ffn, found in evidence.moments(model, find_ffns(model))}
+
+
+def test_moments_that_do_not_fit_together_are_read_one_after_another(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    together = moments_of(Evidence(ids, seed=0), model)
+    reads = []
+    read = yopo.evidence.read_moments
+    monkeypatch.setattr(
+        yopo.evidence, "read_moments", lambda *given: reads.append(given[1]) or read(*given)
+    )
+    size = 8 * find_ffns(model)[0].rows ** 2
+    monkeypatch.setattr(yopo.evidence, "memory_left", lambda device: 11 * size)
+    apart = Evidence(ids, seed=0)
+    for name, found in moments_of(apart, model).items():
+        assert torch.equal(found.second_FF, together[name].second_FF)
+    assert [len(group) for group in reads] == [1, 1]
+
+
+def test_text_is_written_once_even_if_moments_are_not_remembered(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    texts = []
+    write = yopo.evidence.write_tokens
+    monkeypatch.setattr(
+        yopo.evidence, "write_tokens", lambda *a, **k: texts.append(0) or write(*a, **k)
+    )
+    size = 8 * find_ffns(model)[0].rows ** 2
+    monkeypatch.setattr(yopo.evidence, "memory_left", lambda device: 11 * size)
+    evidence = Evidence("self", seed=0)
+    moments_of(evidence, model)
+    moments_of(evidence, model)
+    assert len(texts) == 1
+
+
+def out_of_memory_above(count, read):
+    def reads(model, group, inputs):
+        if len(group) > count:
+            raise torch.OutOfMemoryError("out of memory")
+        return read(model, group, inputs)
+
+    return reads
+
+
+def test_when_memory_runs_out_fewer_ffns_are_read_at_once(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    together = moments_of(Evidence(ids, seed=0), model)
+    monkeypatch.setattr(yopo.evidence, "read_moments", out_of_memory_above(1, read_moments))
+    apart = moments_of(Evidence(ids, seed=0), model)
+    assert list(apart) == list(together)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "weights"])
+def test_an_ffn_whose_moments_do_not_fit_is_refused_with_a_way_out(tiny_model, monkeypatch, kind):
+    model = tiny_model("llama")
+    evidence = Evidence(torch.ones(1, 8, dtype=torch.int64) if kind == "tokens" else kind, seed=0)
+
+    def fail(*given, **named):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(yopo.evidence, "read_moments", fail)
+    monkeypatch.setattr(yopo.evidence, "imagine_moments", fail)
+    with pytest.raises(UnsupportedModelError, match="device with more memory"):
+        moments_of(evidence, model)
+    monkeypatch.setattr(yopo.evidence, "memory_left", lambda device: 1000)
+    with pytest.raises(UnsupportedModelError, match="reward='spectral'"):
+        moments_of(evidence, model)
+
+
+def test_other_failures_of_the_model_stay_what_they_are(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+
+    def fail(*given):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(yopo.evidence, "read_moments", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        moments_of(Evidence(torch.ones(1, 8, dtype=torch.int64), seed=0), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_checksum_knows_one_number_from_another_wherever_it_is(dtype):
+    def model_with(values):
+        model = torch.nn.Module()
+        model.odd = torch.nn.Parameter(values.to(dtype))
+        model.other = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        return model
+
+    values = torch.linspace(-1, 1, 37)
+    same = yopo.evidence._checksum(model_with(values))
+    assert same == yopo.evidence._checksum(model_with(values.clone()))
+    swapped = values.clone()
+    swapped[[3, 30]] = values[[30, 3]]
+    last = values.clone()
+    last[-1] = 0.5
+    negative = values.clone()
+    negative[0] = 1.0
+    others = {yopo.evidence._checksum(model_with(v)) for v in (swapped, last, negative)}
+    assert len(others | {same}) == 4
+    assert same != yopo.evidence._checksum(model_with(values.view(1, 37)))

@@ -16,7 +16,8 @@ SOURCE = Path(yopo.__file__).parent
 MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__.py")
 
 ORDER = (
-    "errors files adapters plan sampling upkeep surgery loading spectrum reward writing moments "
+    "errors files adapters memory damping plan sampling upkeep surgery loading spectrum reward "
+    "writing moments "
     "evidence elimination features scorer restore criteria policy decision reinforce pruner "
     "evaluation report embedded demo cli"
 ).split()
