@@ -60,6 +60,9 @@ def read_moments(
         model: The model that holds `ffns`.
         ffns: FFNs whose moments fit into memory together: F² numbers each.
         inputs: Keyword arguments of the model, batch first.
+
+    Raises:
+        UnsupportedModelError: If hidden units are NaN or infinite.
     """
     sums = {ffn.name: _Sums.zeros(ffn) for ffn in ffns}
     prefix = getattr(model, "base_model_prefix", "")
@@ -76,7 +79,14 @@ def read_moments(
                 model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     finally:
         model.train(training)
-    return {name: total.moments() for name, total in sums.items()}
+    found = {name: total.moments() for name, total in sums.items()}
+    for name, moments in found.items():
+        if not torch.isfinite(moments.second_FF.diagonal()).all():
+            raise UnsupportedModelError(
+                f"the hidden units of `{name}` are NaN or infinite on this text, so it cannot "
+                "serve as evidence. Load the model in a wider `dtype`, or use `evidence='weights'`."
+            )
+    return found
 
 
 def imagine_moments(model: nn.Module, ffn: Ffn, *, tokens: int, seed: int) -> Moments:

@@ -298,3 +298,12 @@ def test_the_checksum_knows_one_number_from_another_wherever_it_is(dtype):
     others = {yopo.evidence._checksum(model_with(v)) for v in (swapped, last, negative)}
     assert len(others | {same}) == 4
     assert same != yopo.evidence._checksum(model_with(values.view(1, 37)))
+
+
+def test_a_model_whose_units_overflow_on_a_text_is_refused(tiny_model):
+    model = tiny_model("opt")
+    ffn = find_ffns(model)[1]
+    with torch.no_grad():
+        ffn.vectors[0].read(ffn.rows)[3] = float("inf")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1.*wider `dtype`"):
+        read_moments(model, [ffn], {"input_ids": torch.ones(2, 8, dtype=torch.int64)})

@@ -80,3 +80,38 @@ def test_rounding_that_spoils_the_solution_falls_back_to_the_weights_as_they_are
     restored = restore_contract(moments_of(alone), contract, None, kept, dtype=torch.float32)
     assert torch.equal(restored.contract_KD, contract[kept])
     assert restored.error == restored.error_before
+
+
+def test_solutions_beyond_the_range_of_the_dtype_are_not_taken_and_the_ffn_is_named(data, caplog):
+    units, contract, kept = data
+    contract = contract * 6e4
+    restored = restore_contract(
+        moments_of(units), contract, None, kept, dtype=torch.float16, name="layers.3.mlp"
+    )
+    assert torch.equal(restored.contract_KD, contract[kept])
+    assert restored.error == restored.error_before > 0
+    assert "`layers.3.mlp`" in caplog.text
+    assert "left as they are" in caplog.text
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(5, True), (500, False)])
+def test_evidence_smaller_than_the_rows_that_stay_is_told(data, caplog, tokens, told):
+    units, contract, kept = data
+    with caplog.at_level("INFO", logger="yopo"):
+        restore_contract(moments_of(units[:tokens]), contract, None, kept, dtype=torch.float64)
+    assert ("5 tokens, is less than the 12 rows" in caplog.text) == told
+    assert "left as they are" not in caplog.text
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 6).double()])
+def test_both_errors_are_those_of_the_output(data, bias):
+    units, contract, kept = data
+    shift = torch.zeros(6).double() if bias is None else bias
+    restored = restore_contract(moments_of(units), contract, bias, kept, dtype=torch.bfloat16)
+    target = units @ contract
+    new_bias = shift if restored.bias_D is None else restored.bias_D
+    plain = units[:, kept] @ contract[kept] - target
+    solved = units[:, kept] @ restored.contract_KD.double() + new_bias - shift - target
+    total = float(target.square().sum())
+    assert restored.error_before == pytest.approx(float(plain.square().sum()) / total, rel=1e-9)
+    assert restored.error == pytest.approx(float(solved.square().sum()) / total, rel=1e-6)
