@@ -78,9 +78,11 @@ def _beaten(rows: list[Row], title: str, belongs: Any) -> list[str]:
             continue
         compared += 1
         if row["perplexity"] < ours["perplexity"]:
+            figures = f"{row['perplexity']:.3f} against {ours['perplexity']:.3f}"
+            close = ours["perplexity"] - row["perplexity"] < (ours["spread"] or 0.0)
             lines.append(
-                f"* {row['model']} at {row['ratio']:g}: {row['method']} "
-                f"{row['perplexity']:.3f}, `yopo` {ours['perplexity']:.3f}"
+                f"* {row['model']} at {row['ratio']:g}: {row['method']}, {figures}"
+                + (", less than the spread of `yopo` over seeds" if close else "")
             )
     return [
         f"{title}: {len(lines)} of {compared} comparisons.",

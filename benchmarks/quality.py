@@ -189,9 +189,10 @@ def _cell(row: Row | None) -> str:
         return ""
     if row["perplexity"] is None:
         return "absent"
-    cell = f"{row['perplexity']:.2f}"
+    decimals = 2 if row["dense"] >= 10 else 3
+    cell = f"{row['perplexity']:.{decimals}f}"
     if row["spread"] is not None:
-        cell += f" ± {row['spread']:.2f}"
+        cell += f" ± {row['spread']:.{decimals}f}"
     return cell if row["share"] is None else f"{cell} ({row['share']:.3f})"
 
 
