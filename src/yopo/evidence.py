@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from yopo.adapters import Ffn
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.imagining import imagine_moments
 from yopo.memory import is_out_of_memory, memory_left, moments_bytes, too_little_memory
-from yopo.moments import Moments, imagine_moments, read_moments
+from yopo.moments import Moments, read_moments
 from yopo.writing import LENGTH, SEQUENCES, can_write, write_tokens
 
 _SHARE = 2 / 3
@@ -110,10 +111,7 @@ class Evidence:
         try:
             if inputs:
                 return read_moments(model, group, inputs)
-            tokens = SEQUENCES * LENGTH
-            return {
-                f.name: imagine_moments(model, f, tokens=tokens, seed=self._seed) for f in group
-            }
+            return imagine_moments(model, group, tokens=SEQUENCES * LENGTH, seed=self._seed)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,4 +1,4 @@
-"""Means and second moments of hidden units, over text or over imagined inputs.
+"""Means and second moments of hidden units.
 
 Shapes: F rows of an FFN, D model width, T tokens.
 
@@ -7,21 +7,20 @@ are means and second moments over tokens, so states are summed up as they come a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from yopo.adapters import Ffn, norm_gain_and_bias
+from yopo.adapters import Ffn
 from yopo.errors import UnsupportedModelError
-from yopo.writing import split_into, with_progress
+from yopo.writing import with_progress
 
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
 _BATCH = 16
 
 
@@ -64,7 +63,7 @@ def read_moments(
     Raises:
         UnsupportedModelError: If hidden units are NaN or infinite.
     """
-    sums = {ffn.name: _Sums.zeros(ffn) for ffn in ffns}
+    sums = {ffn.name: MomentSums.zeros(ffn) for ffn in ffns}
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and all(ffn.path.startswith(f"{prefix}.") for ffn in ffns):
         model = model.get_submodule(prefix)  # the head costs most of a pass and holds no FFN
@@ -89,28 +88,7 @@ def read_moments(
     return found
 
 
-def imagine_moments(model: nn.Module, ffn: Ffn, *, tokens: int, seed: int) -> Moments:
-    """Return the moments that the hidden units of `ffn` would have for Gaussian inputs.
-
-    Nothing of the model is run but the activation: inputs are normalised Gaussian vectors times
-    the gain, plus the bias, of the norm that feeds the FFN.
-
-    Raises:
-        UnsupportedModelError: If the activation of the FFN is not found.
-    """
-    total = _Sums.zeros(ffn)
-    width = ffn.expand_weights()[0].shape[1]
-    gain_D, bias_D = norm_gain_and_bias(ffn, width)
-    generator = torch.Generator().manual_seed(seed)
-    for batch in split_into(tokens, 4096):
-        noise_TD = torch.randn(batch, width, generator=generator)
-        noise_TD /= noise_TD.square().mean(dim=1, keepdim=True).sqrt()
-        states_TD = noise_TD * gain_D.cpu() + bias_D.cpu()
-        total.add(_hidden_units(model, ffn, states_TD.to(ffn.contract.parameter.device)))
-    return total.moments()
-
-
-class _Sums:
+class MomentSums:
     """Sum up hidden units and their products.
 
     Units are taken around the mean of the first batch, so that products in float32 hold the
@@ -118,16 +96,19 @@ class _Sums:
     """
 
     def __init__(self, second_FF: Tensor, first_F: Tensor) -> None:
+        """Start from sums that are all zero, float64."""
         self.second_FF, self.first_F, self.tokens = second_FF, first_F, 0
         self.centre_F = first_F.float()
 
     @classmethod
-    def zeros(cls, ffn: Ffn) -> "_Sums":
+    def zeros(cls, ffn: Ffn) -> Self:
+        """Return empty sums for the hidden units of `ffn`, where its weights lie."""
         device = ffn.contract.parameter.device
         first_F = torch.zeros(ffn.rows, dtype=torch.float64, device=device)
         return cls(first_F.new_zeros(ffn.rows, ffn.rows), first_F)
 
     def add(self, hidden_TF: Tensor) -> None:
+        """Add hidden units `(…, F)` of any dtype."""
         hidden_TF = hidden_TF.detach().reshape(-1, hidden_TF.shape[-1]).float()
         if self.tokens == 0 and len(hidden_TF):
             self.centre_F = hidden_TF.mean(dim=0)
@@ -152,7 +133,7 @@ class _Watch(TorchFunctionMode):
     matrix, so that a `Linear`, a `Conv1D` and one expert's slice of a tensor are the same to it.
     """
 
-    def __init__(self, ffns: Sequence[Ffn], sums: dict[str, _Sums]) -> None:
+    def __init__(self, ffns: Sequence[Ffn], sums: dict[str, MomentSums]) -> None:
         super().__init__()
         self._by_storage: dict[int, list[Ffn]] = defaultdict(list)
         self._sums = sums
@@ -190,39 +171,3 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for number, config in configs.items():
             setattr(config, key, previous[number])
-
-
-def _hidden_units(model: nn.Module, ffn: Ffn, states_TD: Tensor) -> Tensor:
-    """Return the hidden units `(T, F)` of an FFN for given inputs, from its weights."""
-    module = model.get_submodule(ffn.path)
-    biases = {
-        (id(s.module), s.start): s.read(ffn.rows).float() for s in ffn.vectors if "bias" in s.name
-    }
-    parts = []
-    for slot in ffn.expand:
-        part_TF = states_TD @ slot.read(ffn.rows).float().T
-        parts.append(part_TF + biases.get((id(slot.module), slot.start), 0.0))
-    apply_gate = getattr(module, "_apply_gate", None)
-    if apply_gate is not None and len(parts) == 2:
-        joined = (
-            torch.cat(parts, -1) if ffn.expand[1].step == 1 else torch.stack(parts, -1).flatten(-2)
-        )
-        return apply_gate(joined)  # type: ignore[no-any-return]
-    activation = _activation(module)
-    if activation is None:
-        raise UnsupportedModelError(
-            f"yopo does not find the activation of `{ffn.path}`, so it cannot imagine its hidden "
-            "units. Pass token ids as `evidence`, or use `reward='spectral', restore=False`."
-        )
-    gate_TF = activation(parts[0])
-    return gate_TF * parts[1] if len(parts) == 2 else gate_TF
-
-
-def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return the activation that `module`, or a module inside it, keeps under a usual name."""
-    for holder in module.modules():
-        for name in _ACTIVATIONS:
-            found: Callable[[Tensor], Tensor] | None = getattr(holder, name, None)
-            if callable(found):
-                return found
-    return None

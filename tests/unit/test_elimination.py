@@ -8,7 +8,7 @@ from yopo.elimination import (
     ffn_elimination,
     ffn_elimination_order,
 )
-from yopo.moments import imagine_moments
+from yopo.imagining import imagine_moments
 
 
 def moments(rows, *, tokens, seed=0):
@@ -77,7 +77,7 @@ def test_whoever_stops_early_gets_the_same_drops_and_the_others_by_what_they_wou
 def test_an_ffn_with_a_bias_is_judged_by_central_moments(tiny_model, kind):
     model = tiny_model(kind)
     ffn = find_ffns(model)[0]
-    found = imagine_moments(model, ffn, tokens=500, seed=0)
+    found = imagine_moments(model, [ffn], tokens=500, seed=0)[ffn.name]
     central = found.covariance() if kind == "opt" else found.second_FF
     expected = eliminate(central, ffn.contract_weight())
     eliminated = ffn_elimination(ffn, found)
