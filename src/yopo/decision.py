@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
+from yopo.allocation import Losses, ffn_losses
 from yopo.elimination import ffn_elimination_order
 from yopo.evidence import Evidence
 from yopo.moments import Moments
@@ -29,6 +30,11 @@ class Decision:
     restored: Mapping[str, Restored]
 
 
+def weigh_losses(model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence) -> dict[str, Losses]:
+    """Return what the rows of each FFN cost, by name, holding moments no longer than needed."""
+    return {ffn.name: ffn_losses(ffn, moments) for ffn, moments in evidence.moments(model, ffns)}
+
+
 def decide(
     model: nn.Module,
     ffns: Sequence[Ffn],
@@ -39,8 +45,11 @@ def decide(
     widths: Mapping[str, int],
     restore: bool,
     generator: torch.Generator | None,
+    losses: Mapping[str, Losses] | None = None,
 ) -> Decision:
     """Score the rows of each FFN, choose, and re-solve the contract matrix for the chosen.
+
+    FFNs that keep their width are left alone, and nothing is asked about them.
 
     Args:
         model: The model that holds `ffns`.
@@ -51,21 +60,22 @@ def decide(
         widths: Rows to keep in each FFN, by name.
         restore: Whether to re-solve contract matrices.
         generator: Source of draws, None to take the rows that the policy prefers.
+        losses: What is known already of the elimination of rows, by FFN.
     """
-    kept: dict[str, Tensor] = {}
+    kept = {ffn.name: torch.arange(ffn.rows, device="cpu") for ffn in ffns}
     restored: dict[str, Restored] = {}
-    needs_moments = restore or policy.needs_evidence
-    for ffn, moments in _with_moments(model, ffns, evidence if needs_moments else None):
-        keep = widths[ffn.name]
-        if keep == ffn.rows:
-            kept[ffn.name] = torch.arange(ffn.rows, device="cpu")
-            continue
+    cut = [ffn for ffn in ffns if widths[ffn.name] < ffn.rows]
+    eliminates = policy.needs_evidence
+    needs_moments = restore or (eliminates and losses is None)
+    for ffn, moments in _with_moments(model, cut, evidence if needs_moments else None):
         order_F = None
-        if policy.needs_evidence and moments is not None:
+        if eliminates and losses is not None:
+            order_F = losses[ffn.name].elimination.order_F
+        elif eliminates and moments is not None:
             order_F = ffn_elimination_order(ffn, moments)
         with torch.no_grad():
             log_odds_F = policy.log_odds(ffn, order_F)
-        kept[ffn.name] = _choose(policy, log_odds_F, keep, generator)
+        kept[ffn.name] = _choose(policy, log_odds_F, widths[ffn.name], generator)
         if restore and moments is not None:
             restored[ffn.name] = restore_contract(
                 moments,
@@ -73,6 +83,7 @@ def decide(
                 ffn.contract_bias(),
                 kept[ffn.name],
                 dtype=ffn.contract.parameter.dtype,
+                name=ffn.name,
             )
     rows = {ffn.name: ffn.rows for ffn in ffns}
     return Decision(PruningPlan(kept=kept, rows=rows, ratio=ratio), restored)
@@ -92,7 +103,7 @@ def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> Non
 def _with_moments(
     model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence | None
 ) -> Iterator[tuple[Ffn, Moments | None]]:
-    if evidence is None:
+    if evidence is None or not ffns:
         yield from ((ffn, None) for ffn in ffns)
     else:
         yield from evidence.moments(model, ffns)

@@ -4,6 +4,7 @@ Shapes: F rows of an FFN, K kept rows.
 """
 
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ from yopo.files import read_folder, write_folder
 
 MultipleOf = int | Literal["auto"]
 
-_ROUNDED_SHARE = 0.01
+MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2)
+"""Widths that hardware and quantisers like are multiples of these, the larger the better."""
+
+ROUNDED_SHARE = 0.01
 """Widths are rounded where that moves the ratio by less than this."""
 
 
@@ -49,7 +53,7 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         """Check what the attributes promise."""
-        check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.kept.keys() != self.rows.keys():
             raise InvalidArgumentError("`kept` and `rows` must name the same FFNs.")
         if not self.kept:
@@ -136,12 +140,8 @@ def kept_width(rows: int, ratio: float, *, multiple_of: MultipleOf = 1) -> int:
         InvalidArgumentError: If `ratio` is outside [0, 1), nothing would be kept, or
             `multiple_of` is neither "auto" nor in [1, rows].
     """
-    check_ratio(ratio)
-    check_multiple_of(multiple_of)
-    if multiple_of != "auto" and multiple_of > rows:
-        raise InvalidArgumentError(
-            f"`multiple_of` must be at most the width {rows}, got {multiple_of}."
-        )
+    ratio = check_ratio(ratio)
+    check_multiple_of(multiple_of, rows=rows)
     width = _width(rows, ratio, multiple_of)
     if width < 1:
         most = next(
@@ -157,9 +157,9 @@ def _width(rows: int, ratio: float, multiple_of: MultipleOf) -> int:
     """Return what a ratio leaves of `rows` rows, rounded; it may be 0."""
     left = (1.0 - ratio) * rows
     if multiple_of == "auto":
-        for multiple in (256, 128, 64, 32, 16, 8, 4, 2) if ratio > 0 else ():
+        for multiple in MULTIPLES if ratio > 0 else ():
             width = multiple * round(left / multiple)
-            if 0 < width <= rows and abs(width - left) < _ROUNDED_SHARE * rows:
+            if 0 < width <= rows and abs(width - left) < ROUNDED_SHARE * rows:
                 return width
     elif multiple_of > 1:
         return multiple_of * min(round(left / multiple_of), rows // multiple_of)
@@ -193,18 +193,20 @@ def plan_widths(
     return {ffn.name: widths[ffn.name] for ffn in ffns}
 
 
-def check_ratio(ratio: float) -> None:
-    """Check that `ratio` is a number in [0, 1).
+def check_ratio(ratio: float) -> float:
+    """Return `ratio`, a number of any kind in [0, 1), as a float.
 
     Raises:
-        InvalidArgumentError: If it is not.
+        InvalidArgumentError: If it is none.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio < 1.0:
+    is_number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+    if not is_number or not 0.0 <= float(ratio) < 1.0:
         raise InvalidArgumentError(f"`ratio` must be in [0, 1), got {ratio!r}.")
+    return float(ratio)
 
 
-def check_multiple_of(multiple_of: MultipleOf) -> None:
-    """Check that `multiple_of` is "auto" or a positive integer.
+def check_multiple_of(multiple_of: MultipleOf, *, rows: int | None = None) -> None:
+    """Check that `multiple_of` is "auto" or a positive integer, and at most `rows` if given.
 
     Raises:
         InvalidArgumentError: If it is not.
@@ -213,6 +215,10 @@ def check_multiple_of(multiple_of: MultipleOf) -> None:
     if multiple_of != "auto" and not (is_integer and multiple_of >= 1):
         raise InvalidArgumentError(
             f'`multiple_of` must be "auto" or a positive integer, got {multiple_of!r}.'
+        )
+    if rows is not None and multiple_of != "auto" and multiple_of > rows:
+        raise InvalidArgumentError(
+            f"`multiple_of` must be at most the width {rows}, got {multiple_of}."
         )
 
 
@@ -265,11 +271,11 @@ def _unit(ffn: Ffn, narrowest: Ffn) -> int:
     unit = narrowest.rows // math.gcd(ffn.rows, narrowest.rows)
     if ffn.width is not None and narrowest.width is not None:
         unit = math.lcm(unit, narrowest.width.per_row.denominator)
-    multiple = _expert_multiple(ffn)
+    multiple = expert_multiple(ffn)
     return unit * multiple // math.gcd(multiple, unit * ffn.rows // narrowest.rows)
 
 
-def _expert_multiple(ffn: Ffn) -> int:
+def expert_multiple(ffn: Ffn) -> int:
     """Return what the width must be a multiple of: grouped products need strides of 16 bytes.
 
     That is 8 numbers of half precision, in which any model may be loaded later; fewer where only

@@ -38,6 +38,7 @@ class Recipe:
     restore: bool = False
     kl: bool = False
     attention: bool = False
+    allocation: Literal["uniform", "adaptive"] = "uniform"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -49,7 +50,7 @@ class Recipe:
             raise InvalidArgumentError(
                 f'`method` must be "features" or "prunenet", got {self.method!r}.'
             )
-        check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", check_ratio(self.ratio))
         check_multiple_of(self.multiple_of)
         if self.reward not in ("output", "spectral"):
             raise InvalidArgumentError(
@@ -75,6 +76,20 @@ class Recipe:
                 raise InvalidArgumentError(
                     f"`{name}` must be True or False, got {getattr(self, name)!r}."
                 )
+        if self.allocation not in ("uniform", "adaptive"):
+            raise InvalidArgumentError(
+                f'`allocation` must be "uniform" or "adaptive", got {self.allocation!r}.'
+            )
+        if self.allocation == "adaptive" and not self.needs_evidence:
+            raise InvalidArgumentError(
+                '`allocation="adaptive"` weighs what the FFN\'s output loses, which only '
+                '`reward="output"` looks at: use it, or `allocation="uniform"`.'
+            )
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Tell whether scores depend on the hidden units, not on the weights alone."""
+        return self.method == "features" and self.reward == "output"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +119,7 @@ class Policy:
     @property
     def needs_evidence(self) -> bool:
         """Tell whether scores depend on the hidden units, not on the weights alone."""
-        return self.recipe.method == "features" and self.recipe.reward == "output"
+        return self.recipe.needs_evidence
 
     def log_odds(self, ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
         """Return the log-odds `(F,)` of keeping each row of `ffn`, on the device of its weights.
@@ -147,8 +162,8 @@ class Policy:
         """
         config, tensors = read_folder(path, "policy")
         try:
-            known = {field.name for field in fields(Recipe)}
-            recipe = Recipe(**{key: config["recipe"][key] for key in known})
+            settings = {"allocation": "uniform"} | config["recipe"]  # older policies have none
+            recipe = Recipe(**{field.name: settings[field.name] for field in fields(Recipe)})
         except (KeyError, TypeError, InvalidArgumentError) as error:
             raise PolicyFileError(f"`{path}` holds a damaged policy: {error}.") from error
         _check_tensors(path, recipe, config, tensors)

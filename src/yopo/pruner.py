@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 from yopo.adapters import Ffn, check_weights, find_ffns
 from yopo.adapters.attention import find_attention_units
-from yopo.decision import Decision, decide, write_restored
+from yopo.allocation import Spread
+from yopo.budget import Budget, RatioOf, Widths
+from yopo.decision import Decision, decide, weigh_losses, write_restored
 from yopo.errors import InvalidArgumentError, NotFittedError, PolicyMismatchError
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
@@ -20,6 +24,7 @@ from yopo.surgery import apply_plan, interrupts_held
 
 logger = logging.getLogger(__name__)
 
+Allocation = Literal["uniform", "adaptive"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -47,6 +52,9 @@ class PolicyPruner:
         restore: Whether to re-solve the contract matrices on the evidence.
         multiple_of: Widths are rounded to a multiple of this; "auto" takes the largest of 256 …
             2 that moves the ratio by less than a percentage point, 1 none.
+        allocation: "uniform" removes the same share of every FFN, and what is saved loads
+            anywhere. "adaptive" removes more where the model loses less by it, which needs the
+            output reward; the widths then differ, and a saved model needs `yopo.load`.
         seed: Seed of all randomness, at least 0. The global generators are left as they were.
 
     Attributes:
@@ -73,6 +81,7 @@ class PolicyPruner:
         evidence: str | Tensor = "auto",
         restore: bool = True,
         multiple_of: MultipleOf = "auto",
+        allocation: Allocation = "uniform",
         seed: int = 0,
     ) -> None:
         """Check and keep the hyperparameters; nothing is computed before `fit`."""
@@ -89,6 +98,7 @@ class PolicyPruner:
             restore=restore,
             multiple_of=multiple_of,
             seed=seed,
+            allocation=allocation,
         )
         self._policy: Policy | None = None
         self.history: list[Episode] = []
@@ -144,17 +154,24 @@ class PolicyPruner:
         return cls._with_recipe(recipe)
 
     @classmethod
-    def from_policy(cls, path: str | Path, *, evidence: str | Tensor | None = None) -> Self:
+    def from_policy(
+        cls,
+        path: str | Path,
+        *,
+        evidence: str | Tensor | None = None,
+        allocation: Allocation | None = None,
+    ) -> Self:
         """Return a pruner with the policy that `save_policy` wrote into the folder `path`.
 
         Args:
             path: The folder.
             evidence: As for `PolicyPruner`; by default what the policy was trained with.
+            allocation: As for `PolicyPruner`; by default as the policy was saved.
 
         Raises:
             PolicyFileError: If the files are missing, damaged, foreign or of a newer format.
             InvalidArgumentError: If the policy was trained on tokens of the caller, which it does
-                not hold, and none are given.
+                not hold, and none are given, or it does not go with `allocation`.
         """
         policy = Policy.load(path)
         if evidence is None and policy.recipe.evidence == "tokens":
@@ -162,8 +179,11 @@ class PolicyPruner:
                 f"the policy in `{path}` was fitted on your tokens, which it does not hold: pass "
                 "them as `evidence`, or a way to do without, such as `evidence='self'`."
             )
-        pruner = cls._with_recipe(policy.recipe, evidence)
-        pruner._policy = policy
+        recipe = (
+            policy.recipe if allocation is None else replace(policy.recipe, allocation=allocation)
+        )
+        pruner = cls._with_recipe(recipe, evidence)
+        pruner._policy = replace(policy, recipe=recipe)
         return pruner
 
     def fit(self, model: nn.Module) -> Self:
@@ -214,14 +234,26 @@ class PolicyPruner:
         model: nn.Module,
         ratio: float | None = None,
         *,
+        ratio_of: RatioOf = "ffn",
+        parameters: float | None = None,
+        bytes: float | None = None,
         layers: Iterable[int | str] | None = None,
         sample: bool | None = None,
     ) -> PruningPlan:
         """Decide which rows of `model` stay, without changing it.
 
+        How much goes is said by at most one of `ratio`, `parameters` and `bytes`. A size is met
+        with the smallest ratio of rows whose rounded widths do; `ratio_reached` of the plan tells
+        the share of rows that it took.
+
         Args:
             model: Any `PreTrainedModel` that the policy fits; not only the one it was trained on.
-            ratio: Share of the rows to remove, in [0, 1); by default the ratio of training.
+            ratio: Share to remove, in [0, 1); by default the ratio of training.
+            ratio_of: What `ratio` is a share of: "ffn" for the rows of the FFNs, "model" for all
+                parameters of the model, of which at least that share goes.
+            parameters: How many parameters the whole model may have afterwards, tied ones counted
+                once. A model that has no more is left whole.
+            bytes: How many bytes its parameters may take.
             layers: Only these layers: numbers, or patterns of FFN names such as
                 `"model.layers.1?.*"`. The widths then differ, and a saved model needs `yopo.load`.
             sample: Whether to draw the rows from the policy, seeded, instead of taking those it
@@ -232,17 +264,21 @@ class PolicyPruner:
             PolicyMismatchError: If the policy scores rows of another width.
             UnsupportedModelError: If the model cannot be pruned, has weights that are missing, NaN
                 or infinite, or cannot serve as the evidence asked for.
-            InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing, or `layers`
-                selects nothing.
+            InvalidArgumentError: If `ratio` is outside [0, 1) or keeps nothing, a size cannot be
+                reached, more than one of them is given, or `layers` selects nothing.
         """
         ffns = self._find(model)
-        return self._decide(model, ffns, ratio, layers, sample, restore=False).plan
+        budget = self._budget(ratio, ratio_of, parameters, bytes)
+        return self._decide(model, ffns, budget, layers, sample, restore=False).plan
 
     def prune(
         self,
         model: Model,
         ratio: float | None = None,
         *,
+        ratio_of: RatioOf = "ffn",
+        parameters: float | None = None,
+        bytes: float | None = None,
         layers: Iterable[int | str] | None = None,
         sample: bool | None = None,
     ) -> Model:
@@ -254,6 +290,9 @@ class PolicyPruner:
         Args:
             model: As for `plan`.
             ratio: As for `plan`.
+            ratio_of: As for `plan`.
+            parameters: As for `plan`.
+            bytes: As for `plan`.
             layers: As for `plan`.
             sample: As for `plan`.
 
@@ -262,9 +301,13 @@ class PolicyPruner:
             PolicyMismatchError: As `plan`.
             UnsupportedModelError: As `plan`, or if the result could not be loaded again.
             InvalidArgumentError: As `plan`.
+
+        Example:
+            >>> smaller = pruner.prune(model, bytes=8e9)
         """
         ffns = self._find(model)
-        decision = self._decide(model, ffns, ratio, layers, sample, restore=self._recipe.restore)
+        budget = self._budget(ratio, ratio_of, parameters, bytes)
+        decision = self._decide(model, ffns, budget, layers, sample, restore=self._recipe.restore)
         with interrupts_held():
             apply_plan(model, decision.plan, ffns=ffns)
             write_restored(ffns, decision.restored)
@@ -310,30 +353,48 @@ class PolicyPruner:
         moments = {ffn.name: found for ffn, found in self._evidence.moments(model, ffns)}
         return learn(ffns, self._recipe, widths, moments)
 
+    def _budget(
+        self,
+        ratio: float | None,
+        ratio_of: RatioOf,
+        parameters: float | None,
+        size: float | None,
+    ) -> Budget:
+        """Return what a caller asks for; the ratio of training where that is nothing."""
+        if ratio is None and parameters is None and size is None:
+            ratio = self._recipe.ratio
+        return Budget(ratio=ratio, ratio_of=ratio_of, parameters=parameters, bytes=size)
+
     def _decide(
         self,
         model: nn.Module,
         ffns: Sequence[Ffn],
-        ratio: float | None,
+        budget: Budget,
         layers: Iterable[int | str] | None,
         sample: bool | None,
         *,
         restore: bool,
     ) -> Decision:
-        recipe = self._recipe
-        ratio = recipe.ratio if ratio is None else ratio
-        widths = plan_widths(ffns, ratio, multiple_of=recipe.multiple_of)
+        recipe, evidence = self._recipe, self._evidence
         selected = selected_layers(ffns, layers)
+        chosen = [ffn for ffn in ffns if selected[ffn.name]]
+        losses = None
+        widths_of: Widths = partial(plan_widths, chosen, multiple_of=recipe.multiple_of)
+        if recipe.allocation == "adaptive":
+            losses = weigh_losses(model, chosen, evidence)
+            widths_of = Spread.over(chosen, losses, multiple_of=recipe.multiple_of).widths
+        ratio, widths = budget.meet(model, chosen, widths_of)
         sample = recipe.method == "prunenet" if sample is None else sample
         return decide(
             model,
             ffns,
             policy=self._require_policy(),
-            evidence=self._evidence,
+            evidence=evidence,
             ratio=ratio,
-            widths={f.name: widths[f.name] if selected[f.name] else f.rows for f in ffns},
+            widths={ffn.name: ffn.rows for ffn in ffns} | widths,
             restore=restore,
             generator=torch.Generator().manual_seed(recipe.seed) if sample else None,
+            losses=losses,
         )
 
 

@@ -510,3 +510,171 @@ def test_a_policy_that_cannot_be_written_or_read_says_where(tiny_llama, tmp_path
         pruner.save_policy(tmp_path / "file" / "policy")
     with pytest.raises(PolicyFileError, match=r"holds no policy: `policy_config\.json` is missing"):
         PolicyPruner.from_policy(tmp_path / "nowhere")
+
+
+def adaptive(**changes):
+    return PolicyPruner(**{"allocation": "adaptive", "evidence": TOKENS} | changes)
+
+
+def with_layers_of_unlike_importance(model):
+    """Let the last FFN add next to nothing, and the first most."""
+    with torch.no_grad():
+        ffns = yopo.find_ffns(model)
+        for depth, ffn in enumerate(ffns):
+            ffn.contract.parameter.mul_(0.2**depth)
+    return model
+
+
+KINDS = pytest.mark.parametrize("kind", ["llama", "opt", "phi3", "qwen2_moe", "gpt_oss", "t5"])
+
+
+@KINDS
+@pytest.mark.parametrize("evidence", ["auto", "weights"])
+def test_an_adaptive_cut_is_saved_and_loaded_as_it_is_in_memory(
+    tiny_model, logits, tmp_path, kind, evidence, monkeypatch
+):
+    monkeypatch.setitem(yopo.writing.write_tokens.__kwdefaults__, "sequences", 8)
+    monkeypatch.setitem(yopo.writing.write_tokens.__kwdefaults__, "length", 16)
+    model = tiny_model(kind, **({"decoder_start_token_id": 0} if kind == "t5" else {}))
+    with_layers_of_unlike_importance(model)
+    pruner = adaptive(evidence=evidence).fit(model)
+    plan = pruner.plan(model, 0.4)
+    assert abs(plan.ratio_reached - 0.4) < 0.05
+    assert len({plan.widths[name] / plan.rows[name] for name in plan.rows}) > 1
+    pruner.prune(model, 0.4)
+    assert {ffn.name: ffn.rows for ffn in yopo.find_ffns(model)} == plan.widths
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(yopo.load(tmp_path)), logits(model))
+
+
+def test_an_adaptive_cut_loses_less_than_a_uniform_one(tiny_llama):
+    dense = with_layers_of_unlike_importance(with_trained_rows(tiny_llama(num_hidden_layers=3)))
+    errors = []
+    for allocation in ("adaptive", "uniform"):
+        model = copy.deepcopy(dense)
+        pruner = PolicyPruner(evidence=TOKENS, allocation=allocation, multiple_of=1).fit(model)
+        assert pruner.plan(model, 0.4).ratio_reached == pytest.approx(0.4, abs=0.01)
+        pruner.prune(model, 0.4)
+        with torch.no_grad():
+            errors.append(float((model(TOKENS).logits - dense(TOKENS).logits).square().mean()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_an_adaptive_cut_can_be_cut_again(tiny_llama, logits, tmp_path):
+    model = with_layers_of_unlike_importance(tiny_llama())
+    pruner = adaptive().fit(model)
+    pruner.prune(pruner.prune(model, 0.3), 0.3)
+    model.save_pretrained(tmp_path / "adaptive")
+    assert torch.equal(logits(yopo.load(tmp_path / "adaptive")), logits(model))
+    PolicyPruner(evidence=TOKENS).fit(model).prune(model, 0.3)
+    model.save_pretrained(tmp_path / "uniform")
+    assert torch.equal(logits(yopo.load(tmp_path / "uniform")), logits(model))
+
+
+def test_adaptive_widths_that_come_out_equal_need_no_yopo(tiny_llama, logits, tmp_path, caplog):
+    model = tiny_llama(num_hidden_layers=1)
+    adaptive().fit(model).prune(model, 0.3)
+    model.save_pretrained(tmp_path)
+    assert caplog.records == []
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_layers_can_be_cut_one_after_another(tiny_llama, logits, tmp_path):
+    model = tiny_llama()
+    pruner = PolicyPruner(evidence=TOKENS).fit(model)
+    for layer in (0, 1):
+        pruner.prune(model, 0.3, layers=[layer])
+    assert [ffn.rows for ffn in yopo.find_ffns(model)] == [56, 56]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(yopo.load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_a_size_is_met_whatever_the_allocation(tiny_llama, tmp_path, allocation):
+    pruner = adaptive(allocation=allocation, multiple_of=1).fit(tiny_llama())
+    total = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    per_row = 3 * 32
+    for arguments, limit in (
+        ({"parameters": 0.8 * total}, 0.8 * total),
+        ({"bytes": 3.2 * total}, 0.8 * total),
+        ({"ratio": 0.2, "ratio_of": "model"}, 0.8 * total),
+    ):
+        plan = pruner.plan(tiny_llama(), **arguments)
+        model = pruner.prune(tiny_llama(), **arguments)
+        left = sum(parameter.numel() for parameter in model.parameters())
+        assert limit - 2 * per_row < left <= limit
+        removed = total - left
+        assert plan.ratio_reached == pytest.approx(removed / per_row / 160)
+        assert plan.ratio == pytest.approx(plan.ratio_reached, abs=0.02)
+
+
+def test_with_layers_only_those_shrink_to_meet_a_size(tiny_llama):
+    for allocation in ("uniform", "adaptive"):
+        pruner = adaptive(allocation=allocation, multiple_of=1).fit(tiny_llama())
+        total = sum(parameter.numel() for parameter in tiny_llama().parameters())
+        plan = pruner.plan(tiny_llama(), parameters=total - 30 * 96, layers=[1])
+        assert list(plan.widths.values()) == [80, 50]
+        with pytest.raises(InvalidArgumentError, match=r"at least .* stay"):
+            pruner.plan(tiny_llama(), parameters=total - 90 * 96, layers=[1])
+
+
+def test_a_size_and_a_ratio_at_once_are_refused(tiny_llama):
+    model = tiny_llama()
+    pruner = spectral().fit(model)
+    before = state(model)
+    for call in (pruner.plan, pruner.prune):
+        with pytest.raises(InvalidArgumentError, match=r"got `ratio` and `bytes`"):
+            call(model, 0.3, bytes=1000)
+    assert unchanged(model, before)
+
+
+def test_adaptive_allocation_needs_the_output_reward():
+    for make in (
+        lambda: PolicyPruner(reward="spectral", allocation="adaptive"),
+        lambda: PolicyPruner(reward="spectral", restore=False, allocation="adaptive"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"use it, or `allocation=\"uniform\"`"):
+            make()
+    with pytest.raises(InvalidArgumentError, match=r"`allocation` must be .* got 'even'"):
+        PolicyPruner(allocation="even")
+
+
+def test_the_allocation_is_saved_with_the_policy_and_can_be_changed(tiny_llama, tmp_path):
+    model = with_layers_of_unlike_importance(tiny_llama())
+    pruner = adaptive(evidence="weights").fit(model)
+    pruner.save_policy(tmp_path / "policy")
+    assert PolicyPruner.from_policy(tmp_path / "policy").plan(model) == pruner.plan(model)
+    uniform = PolicyPruner.from_policy(tmp_path / "policy", allocation="uniform")
+    assert len(set(uniform.plan(model).widths.values())) == 1
+    PolicyPruner.prunenet(episodes=1).fit(model).save_policy(tmp_path / "published")
+    with pytest.raises(InvalidArgumentError, match=r"`allocation=\"adaptive\"` weighs"):
+        PolicyPruner.from_policy(tmp_path / "published", allocation="adaptive")
+
+
+def test_only_the_layers_to_be_cut_are_asked_for_moments(tiny_llama, monkeypatch):
+    asked = []
+    real = yopo.evidence.Evidence.moments
+
+    def moments(self, model, ffns):
+        asked.append([ffn.name for ffn in ffns])
+        return real(self, model, ffns)
+
+    monkeypatch.setattr(yopo.evidence.Evidence, "moments", moments)
+    model = tiny_llama(num_hidden_layers=3)
+    for allocation, times in (("uniform", 1), ("adaptive", 2)):
+        pruner = adaptive(allocation=allocation).fit(model)
+        pruner.plan(model, 0.3, layers=[1])
+        pruner.prune(copy.deepcopy(model), 0.3, layers=[2])
+        assert asked[0] == ["model.layers.1.mlp"]
+        assert asked[-times:] == [["model.layers.2.mlp"]] * times
+        asked.clear()
+        assert pruner.plan(model, 0.0).ratio_reached == 0.0
+        asked.clear()
+
+
+@pytest.mark.parametrize("ratio", [np.float32(0.3), np.float64(0.3), torch.tensor(0.3).item()])
+def test_any_kind_of_number_is_a_ratio(tiny_llama, tmp_path, ratio):
+    pruner = spectral(ratio=ratio).fit(tiny_llama())
+    pruner.save_policy(tmp_path / "policy")
+    pruner.plan(tiny_llama(), ratio).save(tmp_path / "plan")
+    assert set(pruner.plan(tiny_llama()).widths.values()) == {56}
