@@ -71,8 +71,15 @@ def _prune(options: argparse.Namespace) -> None:
     if options.policy is None:
         pruner = _new_pruner(options).fit(model)
     else:
-        pruner = PolicyPruner.from_policy(options.policy)
-    pruner.prune(model, options.ratio, layers=options.layers)
+        pruner = PolicyPruner.from_policy(options.policy, allocation=options.allocation)
+    pruner.prune(
+        model,
+        options.ratio,
+        ratio_of=options.ratio_of,
+        parameters=options.parameters,
+        bytes=options.bytes,
+        layers=options.layers,
+    )
     after = sizes_of(model, find_ffns(model))
     model.save_pretrained(options.output)
     _copy_tokenizer(options.model, options.output)
@@ -97,12 +104,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
     """Return the pruner that the options describe."""
-    common: dict[str, Any] = {"ratio": options.ratio, "seed": options.seed}
-    if options.episodes is not None:
-        common["episodes"] = options.episodes
+    common: dict[str, Any] = {"seed": options.seed}
+    for name in ("ratio", "episodes"):
+        if getattr(options, name) is not None:
+            common[name] = getattr(options, name)
     if options.method == "prunenet":
+        if options.allocation == "adaptive":
+            raise InvalidArgumentError(
+                "`--allocation adaptive` does not go with the published method."
+            )
         return PolicyPruner.prunenet(**common)
-    return PolicyPruner(reward=options.reward, evidence=options.evidence, **common)
+    return PolicyPruner(
+        reward=options.reward,
+        evidence=options.evidence,
+        allocation=options.allocation or "uniform",
+        **common,
+    )
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:
@@ -129,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     prune = commands.add_parser("prune", help="remove rows and save the smaller model")
     prune.set_defaults(run=_prune)
     prune.add_argument("--policy", type=Path, help="folder of a policy; by default one is fitted")
+    prune.add_argument("--parameters", type=float, help="how many the model may have, as 5e9")
+    prune.add_argument("--bytes", type=float, help="how many bytes they may take, as 8e9")
+    prune.add_argument("--ratio-of", choices=["ffn", "model"], default="ffn")
     prune.add_argument("--layers", nargs="+", type=_layer, help="numbers or patterns; default all")
     demo = commands.add_parser("demo", help="the whole job on a small model, with baselines")
     demo.set_defaults(run=_demo)
@@ -139,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", help="a model on the hub or on disk")
     for command in (fit, prune):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
-        command.add_argument("--ratio", type=float, default=0.3, help="share of FFN rows to remove")
+        command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
+        command.add_argument("--allocation", choices=["uniform", "adaptive"])
         command.add_argument("--method", choices=["default", "prunenet"], default="default")
         command.add_argument("--reward", choices=["output", "spectral"], default="output")
         command.add_argument("--evidence", choices=["auto", "self", "weights"], default="auto")

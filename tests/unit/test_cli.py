@@ -51,6 +51,18 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         (["prune", "{model}", "--output", "{new}", "--ratio", "1.2"], "`ratio` must be in [0, 1)"),
         (["prune", "{model}", "--output", "{model}"], "exists and is not empty"),
         (["prune", "{new}", "--output", "{new}"], "{new}"),
+        (
+            ["prune", "{model}", "--output", "{new}", "--ratio", "0.3", "--parameters", "5e3"],
+            "got `ratio` and `parameters`",
+        ),
+        (
+            ["prune", "{model}", "--output", "{new}", "--evidence", "weights", "--bytes", "5e3"],
+            "`bytes=5000` cannot be met by removing FFN rows",
+        ),
+        (
+            "prune {model} --output {new} --method prunenet --allocation adaptive".split(),
+            "`--allocation adaptive` does not go with",
+        ),
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
         (["info", "{folder}"], "config.json"),
@@ -76,3 +88,34 @@ def test_an_interrupt_ends_the_command_quietly(saved, monkeypatch, capsys):
     monkeypatch.setattr("yopo.cli.find_ffns", interrupted)
     assert main(["info", saved]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "yopo: interrupted"
+
+
+def test_a_size_on_the_command_line_is_met(saved, tmp_path, capsys):
+    spectral = ["--reward", "spectral", "--episodes", "1"]
+    total = yopo.load(saved).num_parameters()
+    for name, arguments in {
+        "parameters": ["--parameters", f"{0.8 * total:e}"],
+        "bytes": ["--bytes", f"{3.2 * total}"],
+        "share": ["--ratio", "0.2", "--ratio-of", "model"],
+    }.items():
+        output = tmp_path / name
+        assert main(["prune", saved, "--output", str(output), *arguments, *spectral]) == 0
+        assert 0.75 * total < yopo.load(output).num_parameters() <= 0.8 * total
+        assert "of 160 FFN rows" in capsys.readouterr().out
+
+
+def test_an_adaptive_cut_on_the_command_line_is_that_of_python(saved, tmp_path):
+    output = tmp_path / "pruned"
+    adaptive = ["--allocation", "adaptive", "--evidence", "weights"]
+    assert main(["prune", saved, "--output", str(output), "--ratio", "0.4", *adaptive]) == 0
+    pruner = yopo.PolicyPruner(ratio=0.4, allocation="adaptive", evidence="weights")
+    plan = pruner.fit(yopo.load(saved)).plan(yopo.load(saved))
+    assert {ffn.name: ffn.rows for ffn in yopo.find_ffns(yopo.load(output))} == plan.widths
+
+
+def test_a_policy_prunes_at_the_ratio_it_was_trained_at(saved, tmp_path, capsys):
+    policy, output = str(tmp_path / "policy"), str(tmp_path / "pruned")
+    spectral = ["--reward", "spectral", "--episodes", "1", "--ratio", "0.5"]
+    assert main(["fit", saved, "--output", policy, *spectral]) == 0
+    assert main(["prune", saved, "--output", output, "--policy", policy]) == 0
+    assert "Removed 80 of 160 FFN rows" in capsys.readouterr().out

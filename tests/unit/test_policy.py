@@ -106,6 +106,15 @@ def test_saving_and_loading_a_policy_is_the_identity(tmp_path, make):
     assert all(torch.equal(loaded.tensors[name], t) for name, t in policy.tensors.items())
 
 
+def test_a_policy_saved_before_there_were_allocations_is_uniform(tmp_path):
+    learned_policy().save(tmp_path)
+    file = tmp_path / "policy_config.json"
+    config = json.loads(file.read_text())
+    assert config["recipe"].pop("allocation") == "uniform"
+    file.write_text(json.dumps(config))
+    assert Policy.load(tmp_path).recipe == recipe()
+
+
 def test_the_card_tells_how_a_policy_was_trained_and_how_to_use_it(tmp_path):
     learned_policy().save(tmp_path)
     card = (tmp_path / "README.md").read_text()
