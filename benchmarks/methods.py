@@ -225,6 +225,7 @@ ENTRIES: dict[str, Entry] = {
     "elimination, weights": part(step(elimination, evidence="weights", restore=False)),
     "elimination, weights + restore": part(step(elimination, evidence="weights", restore=True)),
     "layer by layer": part(layer_by_layer, costed=True),
+    "adaptive widths": part(ours(allocation="adaptive"), costed=True),
 }
 
 CALIBRATED = "calibrated: "

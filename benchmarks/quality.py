@@ -8,11 +8,11 @@
 
 Writes results/quality.json, cost.json, quality.md and a plot for each model.
 
-All methods keep int((1 - ratio) n) rows of each FFN. Cells show perplexity, ± its standard
-deviation over seeds where something is random, and in brackets the excess log-perplexity over
-dense as a share of what random rows lose: 0 is dense, 1 is random. What looks at real text is
-called calibrated. Seconds, and MiB above the loaded model, are those of one cold run at ratio 0.3
-on one thread.
+All methods keep int((1 - ratio) n) rows of each FFN, but for adaptive widths, which keep as many of
+all FFNs together. Cells show perplexity, ± its standard deviation over seeds where something is
+random, and in brackets the excess log-perplexity over dense as a share of what random rows lose: 0
+is dense, 1 is random. What looks at real text is called calibrated. Seconds, and MiB above the
+loaded model, are those of one cold run at ratio 0.3 on one thread.
 """
 
 import argparse
@@ -196,10 +196,18 @@ def _cell(row: Row | None) -> str:
     return cell if row["share"] is None else f"{cell} ({row['share']:.3f})"
 
 
-def _merged(old: list[Row], new: list[Row], keys: tuple[str, ...]) -> list[Row]:
-    """Return the old rows without those that were measured again, and the new ones."""
-    again = {tuple(row[key] for key in keys) for row in new}
-    return [row for row in old if tuple(row[key] for key in keys) not in again] + new
+def _merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Return the old rows, but for those measured again or of methods that are gone, and the new.
+
+    They come sorted by model, method and ratio.
+    """
+    order = {name: place for place, name in enumerate(ENTRIES)}
+    rows = {
+        (row["model"], order[row["method"]], row["ratio"]): row
+        for row in old + new
+        if row["method"] in order
+    }
+    return [rows[key] for key in sorted(rows)]
 
 
 def _arguments() -> argparse.Namespace:
@@ -237,13 +245,12 @@ def main() -> None:
     costs = kept_rows("cost")
     if not arguments.skip_cost:
         for subject in chosen:  # all of them first, while this process is fit to be forked
-            costs = _merged(costs, measure_cost(subject, entries), ("model", "method"))
+            costs = _merged(costs, measure_cost(subject, entries))
             keep_result("cost", costs)
     torch.set_num_threads(arguments.threads)
     rows = kept_rows("quality")
     for subject in chosen:
-        found = measure(subject, entries, arguments.ratios)
-        rows = with_shares(_merged(rows, found, ("model", "method", "ratio")))
+        rows = with_shares(_merged(rows, measure(subject, entries, arguments.ratios)))
         keep_result("quality", rows)
         (RESULTS / "quality.md").write_text(page(rows, costs), encoding="utf-8")
         plot(rows, subject.name)
