@@ -67,12 +67,15 @@ def decide(
     cut = [ffn for ffn in ffns if widths[ffn.name] < ffn.rows]
     eliminates = policy.needs_evidence
     needs_moments = restore or (eliminates and losses is None)
+    # The closed form keeps the last of the order, in whatever order they are among themselves.
+    stops_early = policy.recipe.episodes == 0 and generator is None
     for ffn, moments in _with_moments(model, cut, evidence if needs_moments else None):
         order_F = None
         if eliminates and losses is not None:
             order_F = losses[ffn.name].elimination.order_F
         elif eliminates and moments is not None:
-            order_F = ffn_elimination_order(ffn, moments)
+            drops = ffn.rows - widths[ffn.name] if stops_early else None
+            order_F = ffn_elimination_order(ffn, moments, drops=drops)
         with torch.no_grad():
             log_odds_F = policy.log_odds(ffn, order_F)
         kept[ffn.name] = _choose(policy, log_odds_F, widths[ffn.name], generator)

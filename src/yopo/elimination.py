@@ -118,9 +118,15 @@ def ffn_elimination(ffn: Ffn, moments: Moments, *, drops: int | None = None) -> 
     return eliminate(second_FF, ffn.contract_weight(), drops=drops)
 
 
-def ffn_elimination_order(ffn: Ffn, moments: Moments) -> Tensor:
-    """Return the elimination order `(F,)` of the rows of `ffn`."""
-    return ffn_elimination(ffn, moments).order_F
+def ffn_elimination_order(ffn: Ffn, moments: Moments, *, drops: int | None = None) -> Tensor:
+    """Return the elimination order `(F,)` of the rows of `ffn`.
+
+    Args:
+        ffn: As for `ffn_elimination`.
+        moments: As for `ffn_elimination`.
+        drops: As for `eliminate`.
+    """
+    return ffn_elimination(ffn, moments, drops=drops).order_F
 
 
 def _drop_block(both_2FF: Tensor, diagonal_2F: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,16 @@
 import pytest
 import torch
 
+import yopo
 from yopo import find_ffns
 from yopo.elimination import (
+    _drop_block,
     eliminate,
     elimination_order,
     ffn_elimination,
     ffn_elimination_order,
 )
+from yopo.evidence import Evidence
 from yopo.imagining import imagine_moments
 
 
@@ -96,6 +99,12 @@ def test_blocks_change_nothing(monkeypatch):
     assert orders[0] == orders[1] == orders[2] == orders[3]
 
 
+def test_the_loop_over_rows_asks_nothing_of_the_device():
+    both = torch.empty(2, 40, 40, dtype=torch.float64, device="meta")  # has no values to tell
+    for found in _drop_block(both, both.diagonal(dim1=1, dim2=2).clone(), 7):
+        assert found.is_meta
+
+
 def test_units_that_are_always_zero_go_first():
     second = moments(10, tokens=200)
     second[3] = second[:, 3] = second[8] = second[:, 8] = 0.0
@@ -108,3 +117,14 @@ def test_too_little_evidence_still_gives_an_order_of_all_rows(tokens):
     second = moments(20, tokens=tokens) if tokens else torch.zeros(20, 20).double()
     order = elimination_order(second, torch.randn(20, 4))
     assert sorted(order.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_the_default_keeps_the_last_of_the_order(tiny_model, kind):
+    model = tiny_model(kind)
+    ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    plan = yopo.PolicyPruner(evidence=ids).fit(model).plan(model, 0.4)
+    for ffn, moments in Evidence(ids, seed=0).moments(model, find_ffns(model)):
+        kept = plan.kept[ffn.name]
+        order = ffn_elimination_order(ffn, moments)
+        assert kept.tolist() == order[-len(kept) :].sort().values.tolist()
