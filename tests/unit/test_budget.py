@@ -86,12 +86,11 @@ def test_widths_fall_as_the_ratio_grows(rows, multiple_of, one, other):
 def test_a_share_of_the_model_takes_at_least_that_share_of_all_parameters(share):
     model, ffns = model_of([4096, 4096], rest=4096)
     widths_of = partial(plan_widths, ffns, multiple_of=1)
-    ratio, widths = Budget(ratio=share, ratio_of="model").meet(model, ffns, widths_of)
+    _, widths = Budget(ratio=share, ratio_of="model").meet(model, ffns, widths_of)
     total = 9 * 4096
     left = left_of(model, ffns, widths)["parameters"]
     assert left <= (1 - share) * total + 1e-6
     assert left + 2 * 4 >= int((1 - share) * total)
-    assert ratio >= share - 1e-6
 
 
 def test_a_ratio_of_rows_goes_through_as_it_is():
