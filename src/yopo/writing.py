@@ -1,25 +1,35 @@
 """Text that a model writes itself, from token ids alone: no data, no tokenizer, no network.
 
-Shapes: N sequences, W tokens a sequence.
+Three kinds of models write. A decoder goes on from one token. An encoder-decoder does so too, and
+then answers what it wrote. A masked language model rewrites noise until it is text.
+
+Shapes: N sequences, W tokens a sequence, B tokens of a block, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.errors import UnsupportedModelError
 
 SEQUENCES, LENGTH = 128, 256
 """How much text a model writes: sequences, and tokens in each."""
 
+_ROUNDS, _BLOCKS = 4, 6
+"""How often a masked language model rewrites every token, and in how many steps each time."""
+
 
 def can_write(model: nn.Module) -> bool:
-    """Tell whether `model` can write text: it generates, from token ids alone."""
-    generates: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
-    reads_ids = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    return generates() and reads_ids and not any(p.is_meta for p in model.parameters())
+    """Tell whether `model` can write text: it reads token ids, and a head turns states into them.
+
+    Models without a head, those that classify, and those that see or hear cannot.
+    """
+    reads_ids = getattr(model, "main_input_name", None) == "input_ids"
+    is_here = not any(parameter.is_meta for parameter in model.parameters())
+    return reads_ids and is_here and (_generates(model) or _has_head(model))
 
 
 def write_tokens(
@@ -27,89 +37,213 @@ def write_tokens(
 ) -> dict[str, Tensor]:
     """Let `model` write text, and return it as the inputs that make the model read it again.
 
-    Every sequence starts with one token drawn uniformly from the vocabulary and goes on as the
-    model likes, at temperature 1 with no token left out but the end of the text. An
-    encoder-decoder reads such tokens and writes an answer.
+    Tokens are drawn as the model likes them, at temperature 1. What its config names as a special
+    token, such as the end of a text, is never drawn, and its generation config plays no part.
 
     Args:
         model: A model for which `can_write` holds.
         sequences: How many sequences, N at least 1.
-        length: Tokens a sequence, W at least 2; less where the model cannot read as many.
+        length: Tokens a sequence, W at least 3; less where the model cannot read as many.
         seed: Seed of the sampling; the global generators are left as they were.
 
     Returns:
         `input_ids` `(N, W)`, and `decoder_input_ids` for an encoder-decoder.
 
     Raises:
-        UnsupportedModelError: If the model writes NaN.
+        UnsupportedModelError: If the model writes NaN or infinity, cannot compute in its dtype, or
+            does not say where its decoder begins.
     """
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or length
-    length = max(min(length, int(longest)), 2)
+    length = _readable(model, length)
     device = next(model.parameters()).device
     devices = [device] if device.type not in ("cpu", "meta") else []
+    write = _generate if _generates(model) else _rewrite
     training = model.training
     written = []
     try:
         model.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _plain_generation(model):
             torch.manual_seed(seed)
             batches = split_into(sequences, _sequences_at_once(model, length))
             for batch in with_progress(batches, "write"):
-                prompt_ids = _prompt(config, batch, length, model.config.is_encoder_decoder)
-                written.append(_write(model, prompt_ids.to(device), length))
+                written.append(write(model, _noise(model, (batch, length)).to(device)))
     except RuntimeError as error:
-        if "probability tensor" not in str(error):
+        if "not implemented for 'Half'" not in str(error):
             raise
         raise UnsupportedModelError(
-            "the model writes NaN or infinite logits, so it cannot serve as its own evidence. Load "
-            "it in a wider `dtype`, or use `evidence='weights'`."
+            f"the model cannot be run in float16 on this device ({error}). Load it with "
+            "`dtype=torch.float32` or `dtype=torch.bfloat16`."
         ) from error
     finally:
         model.train(training)
     return {key: torch.cat([batch[key] for batch in written]) for key in written[0]}
 
 
-def _write(model: Any, prompt_ids: Tensor, length: int) -> dict[str, Tensor]:
-    """Write one batch."""
-    config = model.config.get_text_config()
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    padding = ends[0] if isinstance(ends, list) else ends
-    output = model.generate(
+def _generate(model: Any, noise_NW: Tensor) -> dict[str, Tensor]:
+    """Let a model write from left to right, as many tokens as there are in the noise.
+
+    A decoder goes on from the token that begins a text, if the config names one, and one of noise:
+    a model that was trained with the former is at a loss without it, and by the latter texts
+    differ even where a model has a favourite. An encoder reads noise first and then, where it has
+    the decoder's vocabulary, what the decoder made of it: text is what encoders are for.
+    """
+    length = noise_NW.shape[1]
+    if not model.config.is_encoder_decoder:
+        begin = _named_id(model.config, "bos")
+        prompt_NB = noise_NW[:, :1]
+        if begin is not None:
+            prompt_NB = torch.cat([torch.full_like(prompt_NB, begin), prompt_NB], 1)
+        return {"input_ids": _go_on(model, prompt_NB, length - prompt_NB.shape[1])}
+    read_NW, written_NW = noise_NW, _go_on(model, noise_NW, length)
+    if _words(model.get_encoder()) == _words(model.get_decoder()):
+        read_NW = written_NW[:, 1:]
+        written_NW = _go_on(model, read_NW, length)
+    return {"input_ids": read_NW, "decoder_input_ids": written_NW[:, :-1]}
+
+
+def _go_on(model: Any, prompt_ids: Tensor, tokens: int) -> Tensor:
+    """Write so many tokens after a prompt, or in answer to what an encoder reads."""
+    from transformers import LogitsProcessorList
+
+    config = model.generation_config
+    config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens)
+    config.suppress_tokens = sorted(_special_ids(model.config)) or None
+    written: Tensor = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=length - 1,
-        max_new_tokens=length - 1,
-        pad_token_id=getattr(config, "pad_token_id", None) or padding or 0,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_checked]),
     )
-    if model.config.is_encoder_decoder:
-        return {"input_ids": prompt_ids, "decoder_input_ids": output}
-    return {"input_ids": output}
+    return written
 
 
-def _prompt(config: Any, batch: int, length: int, is_encoder_decoder: bool) -> Tensor:
-    """Return token ids to start from: one a sequence, or a text for an encoder to read."""
-    special = {
-        getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")
-    }
-    ids = torch.tensor([i for i in range(int(config.vocab_size)) if i not in special])
-    if len(ids) == 0:
-        raise InvalidArgumentError("the model's vocabulary holds nothing but special tokens.")
-    return ids[torch.randint(len(ids), (batch, length if is_encoder_decoder else 1))]
+def _rewrite(model: Any, noise_NW: Tensor) -> dict[str, Tensor]:
+    """Let a masked language model turn noise into text, by drawing every token anew and anew.
+
+    A block of tokens at random places is replaced by noise and drawn from the model's logits: Gibbs
+    sampling. Such models are trained to see through random tokens as well as through masks, and
+    the id of the mask is known to the tokenizer alone.
+    """
+    first = _named_id(model.config, "cls", "bos")
+    last = _named_id(model.config, "sep", "eos")
+    special = torch.tensor(sorted(_special_ids(model.config)), dtype=torch.int64)
+    ids_NW = noise_NW.clone()
+    sequences, length = ids_NW.shape
+    if first is not None:
+        ids_NW[:, 0] = first
+    if last is not None:
+        ids_NW[:, -1] = last
+    inner = length - (first is not None) - (last is not None)
+    for _ in range(_ROUNDS):
+        places_NW = torch.rand(sequences, inner).argsort(1) + int(first is not None)
+        for place_NB in places_NW.to(ids_NW.device).chunk(_BLOCKS, 1):
+            ids_NW.scatter_(1, place_NB, _noise(model, place_NB.shape).to(ids_NW.device))
+            logits_NWV = model(input_ids=ids_NW)[0]
+            at_NBV = place_NB.unsqueeze(-1).expand(-1, -1, logits_NWV.shape[-1])
+            logits_NBV = _checked(ids_NW, logits_NWV.gather(1, at_NBV).float())
+            logits_NBV[..., special.to(logits_NBV.device)] = -torch.inf
+            drawn = torch.multinomial(logits_NBV.softmax(-1).flatten(0, 1), 1)
+            ids_NW.scatter_(1, place_NB, drawn.view(place_NB.shape).to(ids_NW.device))
+    return {"input_ids": ids_NW}
 
 
-def _sequences_at_once(model: nn.Module, length: int) -> int:
-    """Return how many sequences can be written side by side with at most 4 GB of cached states."""
-    config: Any = model.config
+def _checked(ids: Tensor, logits: Tensor) -> Tensor:
+    """Return `logits` if tokens can be drawn from them; an accelerator would not say it so well."""
+    if logits.isnan().any() or logits.isposinf().any():
+        raise UnsupportedModelError(
+            "the model writes NaN or infinite logits, so it cannot serve as its own evidence. Load "
+            "it in a wider `dtype`, or use `evidence='weights'`."
+        )
+    return logits
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Lend `model` a generation config that says nothing but where a decoder begins.
+
+    `generate` takes from the model's own whatever it is not told: beams, penalties, endings.
+    """
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    start = getattr(own, "decoder_start_token_id", None)
+    if start is None:
+        start = _named_id(model.config, "decoder_start", "bos", "pad")
+    if start is None and model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            "the config does not name the token with which the decoder begins. Set "
+            "`model.config.decoder_start_token_id`."
+        )
+    try:
+        model.generation_config = GenerationConfig(decoder_start_token_id=start)
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _noise(model: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return tokens drawn uniformly from the vocabulary, without those that mean no text."""
+    special = _special_ids(model.config)
+    words = range(model.config.get_text_config().vocab_size)
+    ids = torch.tensor([i for i in words if i not in special])
+    return ids[torch.randint(len(ids), shape)]
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Return the ids that the config names, such as those of padding and of images.
+
+    None are where they are the whole vocabulary.
+    """
+    fields = {**config.to_dict(), **config.get_text_config().to_dict()}
+    named = [value for key, value in fields.items() if "_token_i" in key]
+    ids = {i for value in named for i in (value if isinstance(value, list) else [value])}
+    words = set(range(config.get_text_config().vocab_size))
+    return ids & words if words - ids else set()
+
+
+def _named_id(config: Any, *names: str) -> int | None:
+    """Return the id of the first of these tokens that the config names."""
     text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None) or 12
-    width = getattr(text, "hidden_size", None) or 1024
-    element = next(model.parameters()).element_size()
-    return max(1, min(SEQUENCES, 4 * 2**30 // (2 * layers * width * element * length)))
+    found = (getattr(text, f"{name}_token_id", None) for name in names)
+    return next((i for i in found if isinstance(i, int) and 0 <= i < text.vocab_size), None)
+
+
+def _has_head(model: Any) -> bool:
+    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+
+
+def _words(model: Any) -> int | None:
+    """Return how many tokens `model` has embeddings for, None where it does not say."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return None if embeddings is None else len(embeddings.weight)
+
+
+def _readable(model: Any, length: int) -> int:
+    """Return `length`, or less where the model cannot read as many tokens.
+
+    RoBERTa and its kin count positions from the padding on.
+    """
+    text = model.config.get_text_config()
+    longest = int(getattr(text, "max_position_embeddings", None) or length)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            longest = min(longest, int(module.num_embeddings - module.padding_idx - 1))
+    return max(3, min(length, longest))
+
+
+def _sequences_at_once(model: Any, length: int) -> int:
+    """Return how many sequences can be written side by side with at most 4 GB beside the model.
+
+    What is kept of each is states of all layers, or logits and what is drawn from them.
+    """
+    text = model.config.get_text_config()
+    size: int
+    if _generates(model):
+        layers = getattr(text, "num_hidden_layers", None) or 12
+        width = getattr(text, "hidden_size", None) or 1024
+        size = 2 * layers * width * next(model.parameters()).element_size()
+    else:
+        size = 8 * text.vocab_size
+    return max(1, min(SEQUENCES, 4 * 2**30 // (size * length)))
 
 
 def split_into(total: int, size: int) -> list[int]:
@@ -123,3 +257,7 @@ def with_progress(batches: Iterable[int], verb: str) -> Iterable[int]:
 
     shown: Iterable[int] = tqdm(batches, desc=verb, unit="batch")
     return shown
+
+
+def _generates(model: Any) -> bool:
+    return hasattr(model, "can_generate") and bool(model.can_generate())

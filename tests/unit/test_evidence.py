@@ -1,16 +1,14 @@
 import copy
-import random
 
-import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaModel
+from transformers import LlamaModel
 
 import yopo
 from yopo import InvalidArgumentError, UnsupportedModelError, find_ffns
 from yopo.evidence import Evidence
 from yopo.moments import read_moments
-from yopo.writing import can_write, write_tokens
+from yopo.writing import can_write
 
 
 def independent_units(model, ids, module):
@@ -77,44 +75,6 @@ def test_reading_leaves_the_expert_implementation_and_the_mode_as_they_were(tiny
     assert model.training
 
 
-def test_the_same_seed_writes_the_same_text_and_no_global_generator_moves(tiny_model):
-    model = tiny_model("llama")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    first = write_tokens(model, sequences=6, length=10, seed=3)["input_ids"]
-    again = write_tokens(model, sequences=6, length=10, seed=3)["input_ids"]
-    other = write_tokens(model, sequences=6, length=10, seed=4)["input_ids"]
-    assert first.shape == (6, 10)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1] == random.getstate()
-    assert (states[2] == np.random.get_state()[1]).all()
-
-
-def test_text_neither_ends_early_nor_outgrows_the_model(tiny_model):
-    model = tiny_model("opt")
-    ids = write_tokens(model, sequences=8, length=500)["input_ids"]
-    assert ids.shape == (8, model.config.max_position_embeddings)
-    assert not (ids == model.config.eos_token_id).any()
-
-
-def test_an_encoder_decoder_reads_and_writes(tiny_model):
-    model = tiny_model("t5", decoder_start_token_id=0)
-    inputs = write_tokens(model, sequences=2, length=6)
-    assert inputs["input_ids"].shape == (2, 6)
-    assert inputs["decoder_input_ids"].shape[0] == 2
-    moments = read_moments(model, find_ffns(model), inputs)
-    assert all(found.tokens > 0 for found in moments.values())
-
-
-def test_a_model_that_writes_nan_is_refused(tiny_model):
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(UnsupportedModelError, match="writes NaN"):
-        write_tokens(model, sequences=2, length=4)
-
-
 def test_a_model_without_a_head_cannot_write_and_is_judged_from_its_weights(tiny_model):
     headless = tiny_model("llama").model
     assert isinstance(headless, LlamaModel)
@@ -159,17 +119,6 @@ def test_tokens_that_the_model_cannot_read_are_refused(tiny_model, ids, message)
     model = tiny_model("opt")
     with pytest.raises(InvalidArgumentError, match=message):
         list(Evidence(ids, seed=0).moments(model, find_ffns(model)))
-
-
-def test_an_encoder_that_writes_nothing_is_pruned_from_its_weights():
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2,
-        num_attention_heads=4,
-    )  # fmt: skip
-    model = BertForMaskedLM(config).eval()
-    yopo.PolicyPruner().fit(model).prune(model, 0.5)
-    assert model.config.intermediate_size == 40
-    assert torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
 
 
 def test_a_unit_whose_mean_is_large_keeps_its_variance(tiny_model):
