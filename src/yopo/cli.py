@@ -162,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
         command.add_argument("--allocation", choices=["uniform", "adaptive"])
         command.add_argument("--method", choices=["default", "prunenet"], default="default")
-        command.add_argument("--reward", choices=["output", "spectral"], default="output")
+        command.add_argument(
+            "--reward", choices=["output", "divergence", "spectral"], default="output"
+        )
         command.add_argument("--evidence", choices=["auto", "self", "weights"], default="auto")
         command.add_argument("--episodes", type=int, help="episodes of policy gradient")
         command.add_argument("--seed", type=int, default=0)

@@ -33,7 +33,7 @@ class Recipe:
     samples: int
     seed: int
     multiple_of: MultipleOf
-    reward: Literal["output", "spectral"] = "spectral"
+    reward: Literal["output", "divergence", "spectral", "custom"] = "spectral"
     evidence: str = "auto"
     restore: bool = False
     kl: bool = False
@@ -52,15 +52,16 @@ class Recipe:
             )
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
         check_multiple_of(self.multiple_of)
-        if self.reward not in ("output", "spectral"):
+        if self.reward not in ("output", "divergence", "spectral", "custom"):
             raise InvalidArgumentError(
-                f'`reward` must be "output" or "spectral", got {self.reward!r}.'
+                '`reward` must be "output", "divergence", "spectral" or a function, got '
+                f"{self.reward!r}."
             )
         if self.evidence not in ("auto", "self", "weights", "tokens"):
             raise InvalidArgumentError(
                 f'`evidence` must be "auto", "self", "weights" or token ids, got {self.evidence!r}.'
             )
-        _check_integer("episodes", self.episodes, 0 if self.reward == "output" else 1)
+        _check_integer("episodes", self.episodes, 1 if self.reward == "spectral" else 0)
         _check_integer("samples", self.samples, 1 if self.method == "prunenet" else 2)
         _check_integer("seed", self.seed, 0)
         if self.seed >= 2**63:
@@ -89,7 +90,7 @@ class Recipe:
     @property
     def needs_evidence(self) -> bool:
         """Tell whether scores depend on the hidden units, not on the weights alone."""
-        return self.method == "features" and self.reward == "output"
+        return self.method == "features" and self.reward != "spectral"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,11 +109,11 @@ class Policy:
     def at_start(cls, recipe: Recipe) -> Self:
         """Return the policy from which learning sets out.
 
-        With the output reward it follows greedy elimination, in closed form; with the spectral
-        reward all rows are alike to it.
+        It follows greedy elimination, in closed form; with the spectral reward, which elimination
+        knows nothing of, all rows are alike to it.
         """
         weights_P = torch.zeros(len(FEATURES), dtype=torch.float32, device="cpu")
-        if recipe.reward == "output":
+        if recipe.needs_evidence:
             weights_P[FEATURES.index("elimination")] = _START
         return cls(recipe, {"weights_P": weights_P})
 

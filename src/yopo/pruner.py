@@ -1,7 +1,7 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,20 @@ from yopo.adapters.attention import find_attention_units
 from yopo.allocation import Spread
 from yopo.budget import Budget, RatioOf, Widths
 from yopo.decision import Decision, decide, weigh_losses, write_restored
+from yopo.divergence import Divergence
+from yopo.elimination import ffn_elimination_order
 from yopo.errors import InvalidArgumentError, NotFittedError, PolicyMismatchError
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
 from yopo.reinforce import Episode, learn, learn_as_published
+from yopo.reward import Reward, output_rewards, spectral_rewards
 from yopo.surgery import apply_plan, interrupts_held
 
 logger = logging.getLogger(__name__)
 
 Allocation = Literal["uniform", "adaptive"]
+ModelReward = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -44,8 +48,11 @@ class PolicyPruner:
         learning_rate: AdamW's step size, positive.
         discount: γ in (0, 1]: layer i counts γ^i times as much as the first.
         samples: Draws a layer and episode, at least 2; the others' mean is a draw's baseline.
-        reward: "output" for the error of the FFN's output after restoring; "spectral" for the
-            paper's distance between singular values.
+        reward: "output" for the error of the FFNs' output after restoring; "divergence" for that
+            of the model's predictions, on text that it writes itself; "spectral" for the paper's
+            distance between singular values. Or a function, which gets the model and M draws of
+            kept rows `(M, K)` by FFN name, and returns what they earn: `(M,)`, or `(L, M)` for
+            each FFN its own, the more the better. The model is not cut then.
         evidence: What is known of the hidden units: "self" for text that the model writes itself,
             "weights" for Gaussian inputs, without running the model, "auto" for the first where
             the model can write. Token ids `(N, W)` work too, and are calibration on data.
@@ -58,8 +65,9 @@ class PolicyPruner:
         seed: Seed of all randomness, at least 0. The global generators are left as they were.
 
     Attributes:
-        history: One `Episode` after another, with loss, reward, Kolmogorov-Smirnov distance and
-            gradient norm of each layer; empty where nothing was learned.
+        history: One `Episode` after another, with loss, reward, gradient norm and, with the
+            spectral reward, Kolmogorov-Smirnov distance of each layer; empty where nothing was
+            learned.
 
     Raises:
         InvalidArgumentError: If an argument is outside its range.
@@ -77,7 +85,7 @@ class PolicyPruner:
         learning_rate: float = 0.3,
         discount: float = 0.99,
         samples: int = 8,
-        reward: Literal["output", "spectral"] = "output",
+        reward: str | ModelReward = "output",
         evidence: str | Tensor = "auto",
         restore: bool = True,
         multiple_of: MultipleOf = "auto",
@@ -86,14 +94,19 @@ class PolicyPruner:
     ) -> None:
         """Check and keep the hyperparameters; nothing is computed before `fit`."""
         self._evidence = Evidence(evidence, seed=seed)
+        if reward == "custom":
+            raise InvalidArgumentError(
+                "`reward` of one's own is passed as a function, not by name."
+            )
+        self._reward = reward if callable(reward) else None
         self._recipe = Recipe(
             method="features",
             ratio=ratio,
-            episodes=(20 if reward == "spectral" else 0) if episodes is None else episodes,
+            episodes=(0 if reward == "output" else 20) if episodes is None else episodes,
             learning_rate=learning_rate,
             discount=discount,
             samples=samples,
-            reward=reward,
+            reward="custom" if callable(reward) else reward,  # type: ignore[arg-type]
             evidence="tokens" if isinstance(evidence, Tensor) else evidence,
             restore=restore,
             multiple_of=multiple_of,
@@ -208,6 +221,11 @@ class PolicyPruner:
         recipe = self._recipe
         if recipe.method == "prunenet":
             _check_one_width(ffns)
+        if recipe.reward == "custom" and self._reward is None:
+            raise InvalidArgumentError(
+                "the policy was trained with a reward function, which its files do not hold: make "
+                "a new `PolicyPruner` with it as `reward`."
+            )
         widths = plan_widths(ffns, recipe.ratio, multiple_of=recipe.multiple_of)
         self.history = []
         if recipe.episodes == 0:
@@ -348,10 +366,18 @@ class PolicyPruner:
     ) -> Iterator[tuple[Episode, Policy]]:
         if self._recipe.method == "prunenet":
             return learn_as_published(ffns, self._recipe, widths)
-        if self._recipe.reward == "spectral":
-            return learn(ffns, self._recipe, widths)
+        recipe = self._recipe
+        if recipe.reward == "spectral":
+            return learn(ffns, recipe, widths, spectral_rewards(ffns))
         moments = {ffn.name: found for ffn, found in self._evidence.moments(model, ffns)}
-        return learn(ffns, self._recipe, widths, moments)
+        orders = {ffn.name: ffn_elimination_order(ffn, moments[ffn.name]) for ffn in ffns}
+        if self._reward is not None:
+            reward: Reward = partial(self._reward, model)
+        elif recipe.reward == "divergence":
+            reward = Divergence(model, ffns, moments if recipe.restore else None, seed=recipe.seed)
+        else:
+            reward = output_rewards(ffns, moments)
+        return learn(ffns, recipe, widths, reward, orders)
 
     def _budget(
         self,
@@ -417,6 +443,6 @@ def _with_progress(
 
     progress: Any = tqdm(episodes, total=total, desc="fit", unit="episode")
     for episode, policy in progress:
-        mean = sum(episode.ks) / len(episode.ks)
-        progress.set_postfix_str(f"ks {mean:.4f}", refresh=False)
+        name, values = ("ks", episode.ks) if episode.ks else ("reward", episode.reward)
+        progress.set_postfix_str(f"{name} {sum(values) / len(values):.4f}", refresh=False)
         yield episode, policy

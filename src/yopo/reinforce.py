@@ -3,26 +3,21 @@
 Shapes: L layers, F rows, D columns, K kept rows, M draws, P features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
-from yopo.elimination import ffn_elimination_order
+from yopo.errors import InvalidArgumentError
 from yopo.features import row_features
-from yopo.moments import Moments
 from yopo.policy import Policy, Recipe
-from yopo.reward import discounted, output_reward, spectral_reward
+from yopo.reward import PERFECT, Reward, discounted, spectral_reward
 from yopo.sampling import best_rows, draw_log_probability, draw_rows
 from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
 from yopo.spectrum import Spectrum
-
-_Earn = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From kept rows `(M, K)` to rewards and distances, each `(M,)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +28,9 @@ class Episode:
         number: Counted from 0.
         loss: The policy-gradient loss.
         reward: What the draws earned on average, before the discount.
-        ks: Kolmogorov-Smirnov distance of the draws on average, in [0, 1].
         gradient_norm: Euclidean norm of the loss's gradient, before clipping.
+        ks: Kolmogorov-Smirnov distance of the draws on average, in [0, 1]; empty where another
+            reward is learned.
         best_ks: The distance of the rows that the policy prefers, no draw; empty where the method
             never looks.
     """
@@ -42,8 +38,8 @@ class Episode:
     number: int
     loss: tuple[float, ...]
     reward: tuple[float, ...]
-    ks: tuple[float, ...]
     gradient_norm: tuple[float, ...]
+    ks: tuple[float, ...] = ()
     best_ks: tuple[float, ...] = ()
 
 
@@ -51,8 +47,9 @@ class Episode:
 def learn(
     ffns: Sequence[Ffn],
     recipe: Recipe,
-    widths: dict[str, int],
-    moments: Mapping[str, Moments] | None = None,
+    widths: Mapping[str, int],
+    reward: Reward,
+    orders: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[Episode, Policy]]:
     """Train a policy on features of the rows, and yield it after each episode.
 
@@ -67,79 +64,96 @@ def learn(
         ffns: The FFNs to learn on.
         recipe: Hyperparameters.
         widths: How many rows each FFN keeps, by name.
-        moments: The hidden units of each FFN by name, which the output reward needs.
+        reward: Tells what draws earn.
+        orders: The elimination order of each FFN by name, for a policy that looks at it.
+
+    Raises:
+        InvalidArgumentError: If `reward` returns anything but finite numbers, one for each draw.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    layers = [_prepared(ffn, None if moments is None else moments[ffn.name]) for ffn in ffns]
+    layers = [(row_features(ffn, (orders or {}).get(ffn.name)), widths[ffn.name]) for ffn in ffns]
     weights_P = nn.Parameter(Policy.at_start(recipe).tensors["weights_P"].clone())
     optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
     best = (float("inf"), weights_P.detach().clone())
+
+    def earned(*drawn: list[Tensor]) -> Tensor:
+        """Return what draws `(M, K)` of all FFNs earn, `(L, M)`, the preferred rows last."""
+        nonlocal best
+        together = [torch.cat(draws).sort().values for draws in zip(*drawn, strict=True)]
+        kept = {ffn.name: kept_MK for ffn, kept_MK in zip(ffns, together, strict=True)}
+        reward_LM = _checked(reward(kept), layers=len(ffns), draws=len(together[0]))
+        missed_L = _missed(reward_LM[:, -1], recipe)
+        best = min(best, (float(missed_L.sum()), weights_P.detach().clone()), key=lambda p: p[0])
+        return reward_LM
+
     for number in range(recipe.episodes):
-        trials = []
-        gradient_P = torch.zeros_like(weights_P)
-        for depth, (ffn, (features_FP, earn)) in enumerate(zip(ffns, layers, strict=True)):
-            logits_F = features_FP @ weights_P.to(features_FP.device)
-            weight = recipe.discount**depth
-            trial = _try(logits_F, earn, widths[ffn.name], recipe.samples, weight, generator)
-            (layer_gradient_P,) = torch.autograd.grad(trial.loss, weights_P)
-            gradient_P += layer_gradient_P / len(layers)
-            trials.append((trial, float(layer_gradient_P.norm())))
-        missed = [
-            float(trial.ks_M[-1] if moments is None else -trial.reward_M[-1]) for trial, _ in trials
+        logits = [features_FP @ weights_P.to(features_FP.device) for features_FP, _ in layers]
+        drawn = [
+            draw_rows(logits_F, keep=keep, draws=recipe.samples, generator=generator)
+            for logits_F, (_, keep) in zip(logits, layers, strict=True)
         ]
-        best = min(best, (sum(missed), weights_P.detach().clone()), key=lambda pair: pair[0])
-        weights_P.grad = gradient_P
+        reward_LM = earned(drawn, _preferred(weights_P, layers))
+        losses, gradient_LP = _gradients_of(weights_P, logits, drawn, reward_LM, recipe.discount)
+        weights_P.grad = gradient_LP.mean(dim=0)
         nn.utils.clip_grad_norm_([weights_P], 1.0)
         optimizer.step()
+        if number == recipe.episodes - 1:  # no later episode will look at the last step
+            earned(_preferred(weights_P, layers))
+        ks_LM = _missed(reward_LM, recipe) if recipe.reward == "spectral" else reward_LM[:0]
         episode = Episode(
             number=number,
-            loss=tuple(trial.loss.item() for trial, _ in trials),
-            reward=tuple(trial.reward_M[:-1].mean().item() for trial, _ in trials),
-            ks=tuple(trial.ks_M[:-1].mean().item() for trial, _ in trials),
-            gradient_norm=tuple(norm for _, norm in trials),
-            best_ks=tuple(trial.ks_M[-1].item() for trial, _ in trials),
+            loss=tuple(losses),
+            reward=tuple(reward_LM[:, :-1].mean(dim=1).tolist()),
+            gradient_norm=tuple(gradient_LP.norm(dim=1).tolist()),
+            ks=tuple(ks_LM[:, :-1].mean(dim=1).tolist()),
+            best_ks=tuple(ks_LM[:, -1].tolist()),
         )
         yield episode, Policy(recipe, {"weights_P": best[1]})
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Trial:
-    """What M draws and, last, the preferred rows of one layer earned."""
-
-    loss: Tensor
-    reward_M: Tensor
-    ks_M: Tensor
-
-
-def _try(
-    logits_F: Tensor,
-    earn: _Earn,
-    keep: int,
-    samples: int,
-    weight: float,
-    generator: torch.Generator,
-) -> _Trial:
-    """Draw rows of one layer, see what they earn, and return the loss that reinforces them."""
-    drawn_MK = draw_rows(logits_F, keep=keep, draws=samples, generator=generator)
-    tried_MK = torch.cat([drawn_MK.sort().values, best_rows(logits_F, keep=keep)[None]])
-    reward_M, ks_M = earn(tried_MK)
-    advantage_M = weight * leave_one_out(reward_M[:-1]).to(logits_F.dtype)
-    loss = -(advantage_M * draw_log_probability(logits_F, drawn_MK)).mean()
-    return _Trial(loss, reward_M, ks_M)
+def _preferred(weights_P: Tensor, layers: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Return the rows `(1, K)` that a policy prefers in each FFN."""
+    return [
+        best_rows(features_FP @ weights_P.detach().to(features_FP.device), keep=keep)[None]
+        for features_FP, keep in layers
+    ]
 
 
-def _prepared(ffn: Ffn, moments: Moments | None) -> tuple[Tensor, _Earn]:
-    """Return the features of the rows of one layer, and what tells rewards and distances."""
-    spectrum = Spectrum.of(ffn.expand_weights()[0])
-    if moments is None:
-        return row_features(ffn), partial(spectral_reward, spectrum)
-    second_FF = moments.behind(ffn.contract_bias())
-    contract_FD = ffn.contract_weight()
+def _gradients_of(
+    weights_P: Tensor,
+    logits: Sequence[Tensor],
+    drawn: Sequence[Tensor],
+    reward_LM: Tensor,
+    discount: float,
+) -> tuple[list[float], Tensor]:
+    """Return the loss of each FFN, and its gradient `(L, P)`."""
+    losses: list[float] = []
+    gradients: list[Tensor] = []
+    for depth, (logits_F, drawn_MK) in enumerate(zip(logits, drawn, strict=True)):
+        log_p_M = draw_log_probability(logits_F, drawn_MK)
+        advantage_M = discount**depth * leave_one_out(reward_LM[depth, : len(drawn_MK)])
+        loss = -(advantage_M.to(log_p_M) * log_p_M).mean()
+        gradients += torch.autograd.grad(loss, weights_P)
+        losses.append(loss.item())
+    return losses, torch.stack(gradients)
 
-    def earn(kept_MK: Tensor) -> tuple[Tensor, Tensor]:
-        return output_reward(second_FF, contract_FD, kept_MK), spectral_reward(spectrum, kept_MK)[1]
 
-    return row_features(ffn, ffn_elimination_order(ffn, moments)), earn
+def _checked(reward: object, *, layers: int, draws: int) -> Tensor:
+    """Return what a reward function has returned as float64 `(L, M)`."""
+    shapes = ((draws,), (layers, draws))
+    if not isinstance(reward, Tensor) or reward.shape not in shapes or not reward.isfinite().all():
+        raise InvalidArgumentError(
+            f"`reward` must return finite numbers, a tensor of shape ({draws},), or ({layers}, "
+            f"{draws}) for the draws of each FFN, got {reward!r}."
+        )
+    return reward.detach().double().cpu().expand(layers, draws)
+
+
+def _missed(reward: Tensor, recipe: Recipe) -> Tensor:
+    """Return what learning lowers: distances behind spectral rewards, else minus the rewards."""
+    if recipe.reward == "spectral":
+        return torch.where(reward == PERFECT, 0.0, 1.0 / reward)
+    return -reward
 
 
 @torch.inference_mode(False)
@@ -190,7 +204,7 @@ def learn_as_published(
             optimizer.step()
         rewards = [float(reward) for reward in earned]
         vector_D, constant = (value.detach().clone() for value in scorer.collapsed())
-        episode = Episode(number, *map(tuple, (losses, rewards, distances, norms)))
+        episode = Episode(number, *map(tuple, (losses, rewards, norms, distances)))
         yield episode, Policy(recipe, {"vector_D": vector_D, "constant": constant})
 
 

@@ -1,15 +1,49 @@
 """What an episode earns for the rows that it keeps.
 
-Shapes: M draws, K kept rows.
+Shapes: L FFNs, F rows, D model width, M draws, K kept rows.
 """
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from yopo.adapters import Ffn
+from yopo.moments import Moments
 from yopo.spectrum import Spectrum, ks_distance
+
+Reward = Callable[[Mapping[str, Tensor]], Tensor]
+"""From draws of kept rows `(M, K)`, by FFN, to what they earn: `(M,)`, or `(L, M)` by FFN."""
 
 PERFECT = 99999.0
 """The published reward where the two spectra do not differ at all."""
+
+
+def spectral_rewards(ffns: Sequence[Ffn]) -> Reward:
+    """Return what earns the published reward, each FFN its own."""
+    spectra = {ffn.name: Spectrum.of(ffn.expand_weights()[0]) for ffn in ffns}
+
+    def reward(kept: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack(
+            [spectral_reward(spectra[name], kept_MK)[0].cpu() for name, kept_MK in kept.items()]
+        )
+
+    return reward
+
+
+def output_rewards(ffns: Sequence[Ffn], moments: Mapping[str, Moments]) -> Reward:
+    """Return what earns -log of the output error after restoring, each FFN its own."""
+    parts = {
+        ffn.name: (moments[ffn.name].behind(ffn.contract_bias()), ffn.contract_weight())
+        for ffn in ffns
+    }
+
+    def reward(kept: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack(
+            [output_reward(*parts[name], kept_MK).cpu() for name, kept_MK in kept.items()]
+        )
+
+    return reward
 
 
 def spectral_reward(spectrum: Spectrum, kept_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ SOURCE = Path(yopo.__file__).parent
 MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__.py")
 
 ORDER = (
-    "errors files adapters memory damping plan sampling upkeep surgery loading spectrum reward "
+    "errors files adapters memory damping plan sampling upkeep surgery loading spectrum "
     "writing moments imagining evidence elimination allocation budget features scorer restore "
-    "criteria policy decision reinforce pruner evaluation report embedded demo cli"
+    "reward divergence criteria policy decision reinforce pruner evaluation report embedded "
+    "demo cli"
 ).split()
 """A module may import only those before it."""
 

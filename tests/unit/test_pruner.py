@@ -178,16 +178,17 @@ def test_learning_from_spectra_beats_its_start_and_random_rows_and_the_best_norm
         lambda: spectral(episodes=3),
         lambda: PolicyPruner.prunenet(episodes=3),
         lambda: PolicyPruner(episodes=3, evidence=TOKENS),
+        lambda: PolicyPruner(episodes=3, evidence="weights", reward="divergence"),
     ],
-    ids=["spectral", "prunenet", "output"],
+    ids=["spectral", "prunenet", "output", "divergence"],
 )
 class TestEveryMethod:
     def test_it_keeps_a_history_of_every_layer_and_episode(self, make, tiny_llama):
         history = make().fit(tiny_llama()).history
         assert [episode.number for episode in history] == [0, 1, 2]
         for episode in history:
-            for values in (episode.loss, episode.reward, episode.ks, episode.gradient_norm):
-                assert len(values) == 2
+            for values in (episode.loss, episode.reward, episode.gradient_norm, episode.ks):
+                assert len(values) == 2 or values == () == episode.ks
                 assert np.isfinite(values).all()
 
     def test_it_leaves_the_model_and_the_global_generators_as_they_were(self, make, tiny_llama):
@@ -678,3 +679,30 @@ def test_any_kind_of_number_is_a_ratio(tiny_llama, tmp_path, ratio):
     pruner.save_policy(tmp_path / "policy")
     pruner.plan(tiny_llama(), ratio).save(tmp_path / "plan")
     assert set(pruner.plan(tiny_llama()).widths.values()) == {56}
+
+
+def test_a_reward_of_ones_own_gets_the_model_and_the_draws(tiny_llama, tmp_path):
+    model = tiny_llama()
+    seen = []
+
+    def reward(given, kept):
+        seen.append((given is model, {name: rows.shape for name, rows in kept.items()}))
+        return sum(rows.double().mean(dim=1) for rows in kept.values())
+
+    pruner = PolicyPruner(reward=reward, episodes=2, samples=3, multiple_of=1).fit(model)
+    shapes = {f"model.layers.{layer}.mlp": (4, 56) for layer in range(2)}
+    assert seen[0] == (True, shapes)
+    assert [len(episode.reward) for episode in pruner.history] == [2, 2]
+    pruner.save_policy(tmp_path / "policy")
+    again = PolicyPruner.from_policy(tmp_path / "policy")
+    assert torch.equal(
+        again.plan(model).kept["model.layers.0.mlp"], pruner.plan(model).kept["model.layers.0.mlp"]
+    )
+    with pytest.raises(InvalidArgumentError, match="which its files do not hold"):
+        again.fit(model)
+
+
+@pytest.mark.parametrize("reward", ["custom", "nonsense", None, 3])
+def test_what_is_no_reward_is_refused_by_name(reward):
+    with pytest.raises(InvalidArgumentError, match="`reward`"):
+        PolicyPruner(reward=reward)
