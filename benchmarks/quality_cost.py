@@ -56,15 +56,17 @@ class Shape:
     matrices: int
     """How many matrices an FFN has."""
 
-    def operations(self) -> dict[str, tuple[str, float, str]]:
+    def operations(self, dropped: float = RATIO) -> dict[str, tuple[str, float, str]]:
         """Return, for each phase, its dtype, its operations and how they are counted.
 
-        The attention's own products, softmax and norms are left out.
+        The attention's own products, softmax and norms are left out. `dropped` is the share of
+        rows after which elimination stops.
         """
         kept = int((1 - RATIO) * self.rows)
         gone = self.rows - kept
         block = 4 * self.width**2 + self.matrices * self.rows * self.width
-        eliminate = 3 * self.rows**3 + 2 * self.rows**2 * self.width
+        left = (1 - dropped) * self.rows
+        eliminate = 3 * self.rows**3 - 2 * left**3 + 2 * self.rows**2 * self.width
         restore = kept**3 / 3 + 2 * self.width * (
             kept * gone + kept**2 + gone**2 + 2 * self.rows**2
         )
@@ -79,7 +81,7 @@ class Shape:
                 2 * TOKENS * self.layers * (block + self.rows**2),
                 "2 T L (4 D² + m F D + F²)",
             ),
-            "eliminate": ("float64", self.layers * eliminate, "L (F³ + 2 F³ + 2 F² D)"),
+            "eliminate": ("float64", self.layers * eliminate, "L (F³ + 2 (F³ - E³) + 2 F² D)"),
             "restore": (
                 "float64",
                 self.layers * restore,
@@ -167,6 +169,15 @@ def _measure(model: Any, device: torch.device) -> dict[str, Any]:
     """Return seconds of the whole and of each phase, and the peak memory."""
     clocks = {"seconds": time.perf_counter, "busy": time.process_time}
     spent: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(clocks, 0.0))
+    shares: list[float] = []
+    eliminate = yopo.elimination.eliminate
+
+    def counting(second_FF: torch.Tensor, *given: Any, **named: Any) -> Any:
+        drops = named.get("drops")
+        shares.append(1.0 if drops is None else drops / len(second_FF))
+        return eliminate(second_FF, *given, **named)
+
+    yopo.elimination.eliminate = counting
     for phase, (module, name) in PHASES.items():
         setattr(module, name, _timed(getattr(module, name), spent[phase], clocks, device))
     if device.type == "cuda":
@@ -184,7 +195,11 @@ def _measure(model: Any, device: torch.device) -> dict[str, Any]:
     for kind in clocks:
         named = sum(spent[phase][kind] for phase in PHASES)
         spent["other"][kind] = spent["total"][kind] - named
-    return {"phases": dict(spent), "peak_gib": peak / 2**30}
+    return {
+        "phases": dict(spent),
+        "dropped": sum(shares) / len(shares),
+        "peak_gib": peak / 2**30,
+    }
 
 
 def _timed(
@@ -240,17 +255,19 @@ def _machine(device: torch.device) -> str:
 
 def _page(rows: list[dict[str, Any]]) -> str:
     names = [*PHASES, "other", "total"]
-    table = [["shape", "machine", "dtype", *names, "peak GiB"]]
+    table = [["shape", "machine", "dtype", *names, "dropped", "peak GiB"]]
     for row in rows:
         kind = _clock(row)
         cells = [f"{row['phases'][name][kind]:.1f}" for name in names]
-        table.append([row["shape"], row["machine"], row["dtype"], *cells, f"{row['peak_gib']:.1f}"])
+        cells += [f"{row['dropped']:.2f}", f"{row['peak_gib']:.1f}"]
+        table.append([row["shape"], row["machine"], row["dtype"], *cells])
     lines = [
         "# What the default costs",
         "",
         f"Seconds of `PolicyPruner().fit(model).prune(model, {RATIO})`, which writes and reads "
         f"{TOKENS} tokens. On a CPU they are seconds of processor time, since the machine also "
-        "does other work; the peak is that of the process, model included.",
+        'does other work; the peak is that of the process, model included. "dropped" is the share '
+        "of rows after which elimination stopped.",
         "",
         format_table(table),
         "",
@@ -268,7 +285,7 @@ def _clock(row: dict[str, Any]) -> str:
 def _extrapolation(row: dict[str, Any]) -> list[str]:
     """Return what LLaMA-2-7B's shape would take where `row` was measured."""
     target = SHAPES["llama-2-7b"]
-    small = SHAPES[row["shape"]].operations()
+    small = SHAPES[row["shape"]].operations(row["dropped"])
     table = [
         ["phase", "operations", "measured", "of", "share of rate", "LLaMA-2-7B", "would take s"]
     ]
@@ -295,8 +312,10 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
         "",
         f"On {row['machine']}: 10⁹ operations a second in matrix products, {rates}. Each phase of "
         "LLaMA-2-7B's shape is taken to reach the share of that rate that it reached on "
-        f"{row['shape']}'s. T tokens, L layers, F rows of which K stay and C go, D model width, "
-        "V vocabulary, m matrices in an FFN. Nothing here was measured on LLaMA-2-7B.",
+        f"{row['shape']}'s. T tokens, L layers, F rows of which K stay and C go, E rows when "
+        f"elimination stops ({1 - row['dropped']:.2f} F as measured, {1 - RATIO:.2f} F for "
+        "LLaMA-2-7B), D model width, V vocabulary, m matrices in an FFN. Nothing here was measured "
+        "on LLaMA-2-7B.",
         "",
         format_table(table),
         "",
