@@ -103,7 +103,7 @@ def test_learning_on_the_output_records_every_layer_and_never_ends_below_the_clo
     assert closed.history == []
     assert len(learned.history) == 3
     for episode in learned.history:
-        for values in (episode.loss, episode.reward, episode.ks, episode.gradient_norm):
+        for values in (episode.loss, episode.reward, episode.gradient_norm):
             assert len(values) == 4
     ffns = yopo.find_ffns(dense)
     found = dict(zip(ffns, read_moments(dense, ffns, {"input_ids": ids}).values(), strict=True))
