@@ -11,8 +11,8 @@ Writes results/quality.json, cost.json, quality.md and a plot for each model.
 All methods keep int((1 - ratio) n) rows of each FFN, but for adaptive widths, which keep as many of
 all FFNs together. Cells show perplexity, ± its standard deviation over seeds where something is
 random, and in brackets the excess log-perplexity over dense as a share of what random rows lose: 0
-is dense, 1 is random. What looks at real text is called calibrated. Seconds, and MiB above the
-loaded model, are those of one cold run at ratio 0.3 on one thread.
+is dense, 1 is random. What looks at real text is called calibrated. Seconds of a processor,
+and MiB above the loaded model, are those of one cold run at ratio 0.3 on one thread.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import statistics
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,10 @@ PLOTTED = (
 )
 
 
-def measure(subject: Subject, entries: dict[str, Entry], ratios: list[float]) -> list[Row]:
-    """Return one row for each method and ratio on one model, with no perplexity where it cannot."""
+def measure(subject: Subject, entries: dict[str, Entry], ratios: list[float]) -> Iterator[Row]:
+    """Yield one row for each method and ratio on one model, with no perplexity where it cannot."""
     dense = perplexity(subject.load(), subject.test_T)
     bench = Workbench(subject)
-    rows: list[Row] = []
     for name, entry in entries.items():
         for ratio in ratios:
             row: Row = {"model": subject.name, "method": name, "ratio": ratio, "dense": dense}
@@ -67,13 +67,13 @@ def measure(subject: Subject, entries: dict[str, Entry], ratios: list[float]) ->
                 row |= {"perplexity": None, "absent": str(error)}
             else:
                 row |= {
+                    "values": values,
                     "perplexity": statistics.fmean(values),
                     "spread": statistics.stdev(values) if len(values) > 1 else None,
                     "excess": statistics.fmean(math.log(value / dense) for value in values),
                 }
-            rows.append(row)
             print(row, flush=True)
-    return rows
+            yield row
 
 
 def measure_cost(subject: Subject, entries: dict[str, Entry]) -> list[Row]:
@@ -250,8 +250,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = kept_rows("quality")
     for subject in chosen:
-        rows = with_shares(_merged(rows, measure(subject, entries, arguments.ratios)))
-        keep_result("quality", rows)
+        for row in measure(subject, entries, arguments.ratios):
+            rows = with_shares(_merged(rows, [row]))
+            keep_result("quality", rows)
         (RESULTS / "quality.md").write_text(page(rows, costs), encoding="utf-8")
         plot(rows, subject.name)
 
