@@ -73,6 +73,7 @@ class Spread:
         cell_S: The cell of each step, cheapest step first.
         rank_S: How many steps of the cell go before it.
         cost_S: Parameters that go with it, float64.
+        total: Parameters in all rows of the cells that have steps.
         unseen: Cells that no token has reached. Nothing is known of them, so they take the ratio
             as it is, and have no steps.
     """
@@ -82,6 +83,7 @@ class Spread:
     cell_S: Tensor
     rank_S: Tensor
     cost_S: Tensor
+    total: float
     unseen: frozenset[int]
 
     @classmethod
@@ -121,6 +123,7 @@ class Spread:
             cell_S[order_S],
             rank_S[order_S],
             cost_S[order_S],
+            float(cost_S.sum()),
             frozenset(unseen),
         )
 
@@ -142,7 +145,7 @@ class Spread:
             )
         allowed_S = self._allowed(ratio)
         cell_S, cost_S = self.cell_S[allowed_S], self.cost_S[allowed_S]
-        count = int((cost_S.cumsum(0) - cost_S / 2 <= ratio * self._total()).sum())
+        count = int((cost_S.cumsum(0) - cost_S / 2 <= ratio * self.total).sum())
         taken_C = torch.bincount(cell_S[:count], minlength=len(self.cells))
         for number in self.unseen:
             step, rows = int(self.step_C[number]), self.cells[number][0].rows
@@ -154,16 +157,6 @@ class Spread:
             left = (math.ceil(cell[0].rows / step) - taken) * step if taken else cell[0].rows
             widths |= dict.fromkeys((ffn.name for ffn in cell), left)
         return widths
-
-    def _total(self) -> float:
-        return float(
-            sum(
-                ffn.rows * ffn.parameters_per_row
-                for number, cell in enumerate(self.cells)
-                if number not in self.unseen
-                for ffn in cell
-            )
-        )
 
     def _most(self, ratio: float) -> Tensor:
         """Return how many steps `(C,)` of each cell may go at a ratio."""
@@ -178,7 +171,7 @@ class Spread:
         """Tell whether the steps allowed come as near to the ratio as a step is long."""
         cost_S = self.cost_S[self._allowed(ratio)]
         slack = float(self.cost_S.max()) / 2 if len(self.cost_S) else 0.0
-        return float(cost_S.sum()) + slack >= ratio * self._total()
+        return float(cost_S.sum()) + slack >= ratio * self.total
 
 
 def _cells(ffns: Sequence[Ffn]) -> list[list[Ffn]]:
