@@ -4,6 +4,7 @@ Shapes: N sequences, W tokens a sequence.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ _SHARE = 2 / 3
 
 _WORK = 6
 """Matrices as large as the moments of an FFN that elimination or restoring needs beside them."""
+
+_REMEMBERED = 1 / 8
+"""Share of the memory left that remembered moments may take for as long as a pruner lives."""
 
 _CHUNK = 2**20
 """Numbers that are summed up at a time."""
@@ -59,8 +63,8 @@ class Evidence:
     def moments(self, model: nn.Module, ffns: Sequence[Ffn]) -> Iterator[tuple[Ffn, Moments]]:
         """Yield each FFN with its moments, holding no more at once than memory allows.
 
-        Moments that fit into memory together are remembered for models with the same weights, and
-        so is the text that a model has written.
+        Moments that take little of it are remembered for models with the same weights, and so is
+        the text that a model has written.
 
         Raises:
             UnsupportedModelError: If the model writes NaN, or cannot serve as asked, or there is
@@ -74,7 +78,7 @@ class Evidence:
             yield from ((ffn, self._seen[ffn.name]) for ffn in ffns)
             return
         self._seen = {}
-        waiting = list(_groups(ffns))
+        waiting, remember = list(_groups(ffns)), _take_little(ffns)
         inputs = self._inputs = self._inputs or self._find_inputs(model)
         while waiting:
             group = waiting.pop(0)
@@ -82,7 +86,7 @@ class Evidence:
             if found is None:  # less memory is left than it seemed
                 half = len(group) // 2
                 waiting = [group[:half], group[half:], *waiting]
-            elif len(group) == len(ffns):
+            elif remember and len(group) == len(ffns):
                 self._seen = found
                 yield from ((ffn, found[ffn.name]) for ffn in ffns)
             else:
@@ -164,6 +168,14 @@ def _checksum(model: nn.Module) -> bytes:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _take_little(ffns: Sequence[Ffn]) -> bool:
+    """Tell whether the moments of `ffns` may be remembered."""
+    needed: dict[torch.device, int] = defaultdict(int)
+    for ffn in ffns:
+        needed[ffn.contract.parameter.device] += moments_bytes(ffn)
+    return all(size <= _REMEMBERED * memory_left(device) for device, size in needed.items())
 
 
 def _groups(ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:

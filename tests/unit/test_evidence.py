@@ -153,6 +153,23 @@ def test_moments_that_do_not_fit_together_are_read_one_after_another(tiny_model,
     assert [len(group) for group in reads] == [1, 1]
 
 
+@pytest.mark.parametrize(("memory", "reads"), [(16, 1), (15, 2)])
+def test_moments_are_remembered_where_they_take_little_memory(
+    tiny_model, monkeypatch, memory, reads
+):
+    model = tiny_model("llama")
+    seen = []
+    monkeypatch.setattr(
+        yopo.evidence, "read_moments", lambda *given: seen.append(0) or read_moments(*given)
+    )
+    size = 8 * find_ffns(model)[0].rows ** 2
+    monkeypatch.setattr(yopo.evidence, "memory_left", lambda device: memory * size)
+    evidence = Evidence(torch.ones(1, 8, dtype=torch.int64), seed=0)
+    moments_of(evidence, model)
+    moments_of(evidence, model)
+    assert len(seen) == reads
+
+
 def test_text_is_written_once_even_if_moments_are_not_remembered(tiny_model, monkeypatch):
     model = tiny_model("llama")
     texts = []
