@@ -7,6 +7,8 @@ from methods import CALIBRATED, ENTRIES
 from yopo.report import format_table
 
 OURS, REAL = "yopo", "calibrated: yopo on real text"
+OURS_AGAIN = "elimination + restore"
+"""The steps of which `yopo` is made, put together once more: a check, and no rival."""
 
 Row = dict[str, Any]
 
@@ -107,4 +109,5 @@ def _is_calibrated(method: str) -> bool:
 
 
 def _is_part(method: str) -> bool:
-    return method in ENTRIES and ENTRIES[method].table == "ablation"
+    known = method in ENTRIES and method != OURS_AGAIN
+    return known and ENTRIES[method].table == "ablation"
