@@ -18,8 +18,11 @@ from yopo.errors import UnsupportedModelError
 SEQUENCES, LENGTH = 128, 256
 """How much text a model writes: sequences, and tokens in each."""
 
-_ROUNDS, _BLOCKS = 4, 6
-"""How often a masked language model rewrites every token, and in how many steps each time."""
+_ROUNDS, _BLOCKS = 2, 6
+"""How often a masked language model rewrites every token, and in how many steps each time.
+
+The first tokens are drawn amid noise, hence a second time; a step makes as much noise as a mask.
+"""
 
 
 def can_write(model: nn.Module) -> bool:
@@ -223,7 +226,8 @@ def _readable(model: Any, length: int) -> int:
     RoBERTa and its kin count positions from the padding on.
     """
     text = model.config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", None) or length)
+    longest = int(getattr(text, "max_position_embeddings", None) or -1)
+    longest = longest if longest > 0 else length  # XLNet says -1 for no limit
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             longest = min(longest, int(module.num_embeddings - module.padding_idx - 1))

@@ -274,3 +274,10 @@ def test_evidence_of_a_model_that_writes_one_token_for_ever_does_no_harm(tiny_mo
     pruner = yopo.PolicyPruner(evidence=inputs["input_ids"])
     pruner.fit(model).prune(model, 0.5)
     assert torch.isfinite(model(input_ids=inputs["input_ids"]).logits).all()
+
+
+def test_a_config_that_names_no_limit_sets_none():
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    assert config.max_position_embeddings == -1
+    assert write_tokens(model, sequences=2, length=8)["input_ids"].shape == (2, 8)
