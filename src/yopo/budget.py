@@ -105,8 +105,8 @@ class Budget:
             told = f'`ratio={self.ratio:g}, ratio_of="model"`'
             return math.floor((1.0 - self.ratio) * size.total), told
         if self.parameters is not None:
-            return float(self.parameters), f"`parameters={self.parameters:g}`"
-        return float(self.bytes or 0), f"`bytes={self.bytes:g}`"
+            return float(self.parameters), f"`parameters={self.parameters:.10g}`"
+        return float(self.bytes or 0), f"`bytes={self.bytes:.10g}`"
 
 
 @dataclass(frozen=True, slots=True)
