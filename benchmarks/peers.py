@@ -9,11 +9,12 @@ Writes results/peers.json and .md.
 
 Both sides start from the same weights in float32 and keep int((1 - ratio) n) rows (OptiPFair rounds
 a percentage and would keep one more at some ratios). "Same rows" is the share of the package's kept
-rows that ours keeps too. PruneNet draws its rows at random, on both sides with the package's step
+rows that ours keeps too; where MAW's differ, the scores at the border are equal, as weights that
+were stored in half precision make them. PruneNet draws its rows at random, on both sides with the package's step
 size of 0.001, so there the same rows are a matter of chance, and means ± standard deviations over
 eight seeds are to be compared; in brackets behind their difference stands how many of its standard
 errors it is. efficient-pruners does not write the new width into the config; it is written for it
-before saving.
+before saving. Seconds are those of a processor, for one cut by the package.
 """
 
 import argparse
@@ -209,11 +210,12 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         python = environment((arguments.venv or folder / "venv").absolute())
+        found = versions(python)
         rows = []
         for subject in subjects():
             if subject.name in arguments.models:
                 rows += compare(subject, python, folder)
-        found = versions(python)
+        rows = [row | {"version": found[row["package"]]} for row in rows]
         keep_result("peers", rows)
         (RESULTS / "peers.md").write_text(page(rows, found), encoding="utf-8")
         print(page(rows, found), file=sys.stdout)
