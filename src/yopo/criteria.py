@@ -4,6 +4,7 @@ Shapes: F rows, D model width. A criterion is a function from an FFN to scores `
 wants another one writes that function and hands it to `plan_by_criterion`.
 """
 
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -31,9 +32,10 @@ def norm_product(ffn: Ffn) -> Tensor:
 
 def random_rows(seed: int = 0) -> Criterion:
     """Return a criterion that scores rows by noise: the baseline that any method must beat."""
-    generator = torch.Generator().manual_seed(seed)
 
     def score(ffn: Ffn) -> Tensor:
+        own_seed = zlib.crc32(f"{seed} {ffn.name}".encode())
+        generator = torch.Generator().manual_seed(own_seed)
         return torch.rand(ffn.rows, generator=generator, device="cpu")
 
     return score

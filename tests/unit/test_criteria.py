@@ -109,3 +109,18 @@ def test_bad_ratios_and_bad_weights_are_refused_before_anything_is_scored(tiny_l
         UnsupportedModelError, match=r"`model\.layers\.1\.mlp` has weights that are NaN"
     ):
         plan_by_criterion(model, 0.3, criterion=unused)
+
+
+def test_a_criterion_of_random_rows_serves_twice_and_draws_others_in_each_ffn(tiny_llama):
+    model = tiny_llama()
+    criterion = random_rows(3)
+    plans = [
+        plan_by_criterion(model, 0.5, criterion=used)
+        for used in (criterion, criterion, random_rows(3), random_rows(4))
+    ]
+    first, second = plans[0].kept.values()
+    assert not torch.equal(first, second)
+    for name, kept in plans[0].kept.items():
+        assert torch.equal(kept, plans[1].kept[name])
+        assert torch.equal(kept, plans[2].kept[name])
+        assert not torch.equal(kept, plans[3].kept[name])
