@@ -10,11 +10,11 @@ Writes results/peers.json and .md.
 Both sides start from the same weights in float32 and keep int((1 - ratio) n) rows (OptiPFair rounds
 a percentage and would keep one more at some ratios). "Same rows" is the share of the package's kept
 rows that ours keeps too; where MAW's differ, the scores at the border are equal, as weights that
-were stored in half precision make them. PruneNet draws its rows at random, on both sides with the package's step
-size of 0.001, so there the same rows are a matter of chance, and means ± standard deviations over
-eight seeds are to be compared; in brackets behind their difference stands how many of its standard
-errors it is. efficient-pruners does not write the new width into the config; it is written for it
-before saving. Seconds are those of a processor, for one cut by the package.
+were stored in half precision make them. PruneNet draws its rows at random, on both sides with the
+package's step size of 0.001, so there the same rows are a matter of chance, and means ± standard
+deviations over eight seeds are to be compared; in brackets behind their difference stands how many
+of its standard errors it is. efficient-pruners does not write the new width into the config; it is
+written for it before saving. Seconds are those of a processor, for one cut by the package.
 """
 
 import argparse
