@@ -1,6 +1,7 @@
 """What the rows of the quality benchmark say: how good ours is, and against whom."""
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from methods import CALIBRATED, ENTRIES
@@ -17,7 +18,8 @@ def bars(rows: list[Row]) -> str:
     """Return a section of the page, computed from the measured rows."""
     lines = ["## Bars", "", *_shares(rows), "", *_spreads(rows), ""]
     lines += _beaten(rows, "Data-free methods that are better than `yopo`", _is_rival)
-    lines += _beaten(rows, "Calibrated methods that are better than `yopo`", _is_calibrated)
+    lines += _beaten(rows, "Calibrated methods of others that are better than `yopo`", _is_peer)
+    lines += _beaten(rows, "Where `yopo` is better on real text", lambda name: name == REAL)
     lines += _beaten(rows, "Other ways to put our steps together that are better", _is_part)
     return "\n".join(lines)
 
@@ -69,7 +71,7 @@ def _spreads(rows: list[Row]) -> list[str]:
     return [title, "", format_table(table)]
 
 
-def _beaten(rows: list[Row], title: str, belongs: Any) -> list[str]:
+def _beaten(rows: list[Row], title: str, belongs: Callable[[str], bool]) -> list[str]:
     """List where a method of one group has a lower perplexity than ours."""
     own = {(row["model"], row["ratio"]): row for row in rows if row["method"] == OURS}
     lines = []
@@ -104,8 +106,8 @@ def _is_rival(method: str) -> bool:
     return known and not method.startswith(CALIBRATED)
 
 
-def _is_calibrated(method: str) -> bool:
-    return method.startswith(CALIBRATED)
+def _is_peer(method: str) -> bool:
+    return method.startswith(CALIBRATED) and method != REAL
 
 
 def _is_part(method: str) -> bool:

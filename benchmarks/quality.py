@@ -11,8 +11,8 @@ Writes results/quality.json, cost.json, quality.md and a plot for each model.
 All methods keep int((1 - ratio) n) rows of each FFN, but for adaptive widths, which keep as many of
 all FFNs together. Cells show perplexity, ± its standard deviation over seeds where something is
 random, and in brackets the excess log-perplexity over dense as a share of what random rows lose: 0
-is dense, 1 is random. What looks at real text is called calibrated. Seconds of a processor,
-and MiB above the loaded model, are those of one cold run at ratio 0.3 on one thread.
+is dense, 1 is random. What looks at real text is called calibrated. Seconds of a processor, and MiB
+above the loaded model, are those of one cold run at ratio 0.3 on one thread.
 """
 
 import argparse
