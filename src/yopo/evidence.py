@@ -4,8 +4,11 @@ Shapes: N sequences, W tokens a sequence.
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from yopo.imagining import imagine_moments
 from yopo.memory import is_out_of_memory, memory_left, moments_bytes, too_little_memory
 from yopo.moments import Moments, read_moments
 from yopo.writing import LENGTH, SEQUENCES, can_write, write_tokens
+
+logger = logging.getLogger(__name__)
 
 _SHARE = 2 / 3
 """Share of the memory left that moments and the work on them may take."""
@@ -113,9 +118,20 @@ class Evidence:
     ) -> dict[str, Moments] | None:
         """Return the moments of a group, or None where several together exceed the memory."""
         try:
-            if inputs:
-                return read_moments(model, group, inputs)
-            return imagine_moments(model, group, tokens=SEQUENCES * LENGTH, seed=self._seed)
+            imagine = partial(imagine_moments, model, tokens=SEQUENCES * LENGTH, seed=self._seed)
+            if not inputs:
+                return imagine(group)
+            found = read_moments(model, group, inputs)
+            unseen = [ffn for ffn in group if found[ffn.name].tokens == 0]
+            if unseen:
+                logger.info(
+                    "No token reaches %d FFNs, such as `%s`: they are judged from weights alone.",
+                    len(unseen),
+                    unseen[0].name,
+                )
+                for name, imagined in imagine(unseen).items():
+                    found[name] = replace(imagined, tokens=0)
+            return found
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -31,7 +31,7 @@ class Moments:
     Attributes:
         second_FF: Mean of hᵀh over tokens, float64.
         mean_F: Mean of h over tokens, float64.
-        tokens: How many tokens were seen.
+        tokens: How many tokens were seen, or imagined; 0 where no token of a text comes by.
     """
 
     second_FF: Tensor

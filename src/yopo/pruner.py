@@ -21,7 +21,7 @@ from yopo.errors import InvalidArgumentError, NotFittedError, PolicyMismatchErro
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
-from yopo.reinforce import Episode, learn, learn_as_published
+from yopo.reinforce import Episode, explore, learn, learn_as_published
 from yopo.reward import Reward, output_rewards, spectral_rewards
 from yopo.surgery import apply_plan, interrupts_held
 
@@ -377,7 +377,7 @@ class PolicyPruner:
             reward = Divergence(model, ffns, moments if recipe.restore else None, seed=recipe.seed)
         else:
             reward = output_rewards(ffns, moments)
-        return learn(ffns, recipe, widths, reward, orders)
+        return explore(ffns, recipe, widths, reward, orders)
 
     def _budget(
         self,

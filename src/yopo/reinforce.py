@@ -1,4 +1,4 @@
-"""Episodes of policy gradient: draw rows, see what they earn, make the better draws likelier.
+"""Episodes of policy gradient: draw, see what the drawn rows earn, make the better draws likelier.
 
 Shapes: L layers, F rows, D columns, K kept rows, M draws, P features.
 """
@@ -19,10 +19,15 @@ from yopo.sampling import best_rows, draw_log_probability, draw_rows
 from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
 from yopo.spectrum import Spectrum
 
+_SPREAD = 0.5
+"""Standard deviation of the weights of policies that are drawn, around the present ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Episode:
     """Record one episode; every tuple has one entry a layer.
+
+    Where policies are drawn, not rows, loss and gradient norm are the same in every layer.
 
     Attributes:
         number: Counted from 0.
@@ -45,33 +50,24 @@ class Episode:
 
 @torch.inference_mode(False)  # gradients, whatever mode the caller is in
 def learn(
-    ffns: Sequence[Ffn],
-    recipe: Recipe,
-    widths: Mapping[str, int],
-    reward: Reward,
-    orders: Mapping[str, Tensor] | None = None,
+    ffns: Sequence[Ffn], recipe: Recipe, widths: Mapping[str, int], reward: Reward
 ) -> Iterator[tuple[Episode, Policy]]:
-    """Train a policy on features of the rows, and yield it after each episode.
+    """Train a policy on features of the rows by drawing rows, and yield it after each episode.
 
     Each episode draws M sets of rows a layer, without replacement. Their advantage is the reward
     minus the mean reward of the layer's other draws, in units of their spread; the loss is minus
     the advantage times the exact log-probability of the draw. Gradients are clipped to norm 1
-    before AdamW moves. What is yielded is the policy whose preferred rows were best so far (by
-    mean distance with the spectral reward, by mean reward otherwise), so it never falls below the
-    start.
+    before AdamW moves. What is yielded is the policy whose preferred rows had the least mean
+    distance so far, so it never falls below the start.
 
     Args:
         ffns: The FFNs to learn on.
         recipe: Hyperparameters.
         widths: How many rows each FFN keeps, by name.
-        reward: Tells what draws earn.
-        orders: The elimination order of each FFN by name, for a policy that looks at it.
-
-    Raises:
-        InvalidArgumentError: If `reward` returns anything but finite numbers, one for each draw.
+        reward: Tells what draws earn in each FFN: the inverse of a distance.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    layers = [(row_features(ffn, (orders or {}).get(ffn.name)), widths[ffn.name]) for ffn in ffns]
+    layers = [(row_features(ffn), widths[ffn.name]) for ffn in ffns]
     weights_P = nn.Parameter(Policy.at_start(recipe).tensors["weights_P"].clone())
     optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
     best = (float("inf"), weights_P.detach().clone())
@@ -82,8 +78,8 @@ def learn(
         together = [torch.cat(draws).sort().values for draws in zip(*drawn, strict=True)]
         kept = {ffn.name: kept_MK for ffn, kept_MK in zip(ffns, together, strict=True)}
         reward_LM = _checked(reward(kept), layers=len(ffns), draws=len(together[0]))
-        missed_L = _missed(reward_LM[:, -1], recipe)
-        best = min(best, (float(missed_L.sum()), weights_P.detach().clone()), key=lambda p: p[0])
+        ks = float(_distances(reward_LM[:, -1]).sum())
+        best = min(best, (ks, weights_P.detach().clone()), key=lambda pair: pair[0])
         return reward_LM
 
     for number in range(recipe.episodes):
@@ -99,7 +95,7 @@ def learn(
         optimizer.step()
         if number == recipe.episodes - 1:  # no later episode will look at the last step
             earned(_preferred(weights_P, layers))
-        ks_LM = _missed(reward_LM, recipe) if recipe.reward == "spectral" else reward_LM[:0]
+        ks_LM = _distances(reward_LM)
         episode = Episode(
             number=number,
             loss=tuple(losses),
@@ -107,6 +103,68 @@ def learn(
             gradient_norm=tuple(gradient_LP.norm(dim=1).tolist()),
             ks=tuple(ks_LM[:, :-1].mean(dim=1).tolist()),
             best_ks=tuple(ks_LM[:, -1].tolist()),
+        )
+        yield episode, Policy(recipe, {"weights_P": best[1]})
+
+
+@torch.inference_mode(False)
+def explore(
+    ffns: Sequence[Ffn],
+    recipe: Recipe,
+    widths: Mapping[str, int],
+    reward: Reward,
+    orders: Mapping[str, Tensor],
+) -> Iterator[tuple[Episode, Policy]]:
+    """Train a policy on features of the rows by drawing policies, and yield it after each episode.
+
+    One number for a whole model says little of each of thousands of drawn rows, but much of ten
+    weights. So an episode draws M policies from a Gaussian around the present one, in opposite
+    pairs, and each keeps the rows that it prefers: policy gradients with parameter-based
+    exploration (Sehnke et al. 2010). Advantage, loss, clipping and AdamW are as in `learn`; a
+    policy's reward is the mean over FFNs. What is yielded is the best policy of all that were
+    tried, the start among them.
+
+    Args:
+        ffns: The FFNs to learn on.
+        recipe: Hyperparameters.
+        widths: How many rows each FFN keeps, by name.
+        reward: Tells what kept rows earn.
+        orders: The elimination order of each FFN by name.
+
+    Raises:
+        InvalidArgumentError: If `reward` returns anything but finite numbers, one for each draw.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    layers = [(row_features(ffn, orders[ffn.name]), widths[ffn.name]) for ffn in ffns]
+    weights_P = nn.Parameter(Policy.at_start(recipe).tensors["weights_P"].clone())
+    optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
+    discount_L1 = recipe.discount ** torch.arange(len(ffns), device="cpu")[:, None]
+    best = (-float("inf"), weights_P.detach().clone())
+    for number in range(recipe.episodes):
+        half_MP = _SPREAD * torch.randn(
+            (recipe.samples + 1) // 2, len(weights_P), generator=generator, device="cpu"
+        )
+        noise_MP = torch.cat([half_MP, -half_MP])[: recipe.samples]
+        tried_MP = torch.cat([weights_P.detach() + noise_MP, weights_P.detach()[None]])
+        preferred = zip(*(_preferred(tried_P, layers) for tried_P in tried_MP), strict=True)
+        kept = {
+            f.name: torch.cat(rows).sort().values for f, rows in zip(ffns, preferred, strict=True)
+        }
+        reward_LM = _checked(reward(kept), layers=len(ffns), draws=len(tried_MP))
+        return_M = (discount_L1 * reward_LM).mean(dim=0)
+        most, at = return_M.max(dim=0)
+        best = max(best, (float(most), tried_MP[at].clone()), key=lambda pair: pair[0])
+        advantage_M = leave_one_out(return_M[:-1]).to(weights_P)
+        log_p_M = -(tried_MP[:-1] - weights_P).square().sum(dim=1) / (2 * _SPREAD**2)
+        loss = -(advantage_M * log_p_M).mean()
+        (weights_P.grad,) = torch.autograd.grad(loss, weights_P)
+        norm = float(nn.utils.clip_grad_norm_([weights_P], 1.0))
+        optimizer.step()
+        episode = Episode(
+            number=number,
+            loss=(loss.item(),) * len(ffns),
+            reward=tuple(reward_LM[:, :-1].mean(dim=1).tolist()),
+            gradient_norm=(norm,) * len(ffns),
         )
         yield episode, Policy(recipe, {"weights_P": best[1]})
 
@@ -149,11 +207,9 @@ def _checked(reward: object, *, layers: int, draws: int) -> Tensor:
     return reward.detach().double().cpu().expand(layers, draws)
 
 
-def _missed(reward: Tensor, recipe: Recipe) -> Tensor:
-    """Return what learning lowers: distances behind spectral rewards, else minus the rewards."""
-    if recipe.reward == "spectral":
-        return torch.where(reward == PERFECT, 0.0, 1.0 / reward)
-    return -reward
+def _distances(reward: Tensor) -> Tensor:
+    """Return the distances behind spectral rewards."""
+    return torch.where(reward == PERFECT, 0.0, 1.0 / reward)
 
 
 @torch.inference_mode(False)

@@ -7,6 +7,7 @@ from transformers import LlamaModel
 import yopo
 from yopo import InvalidArgumentError, UnsupportedModelError, find_ffns
 from yopo.evidence import Evidence
+from yopo.imagining import imagine_moments
 from yopo.moments import read_moments
 from yopo.writing import can_write
 
@@ -260,3 +261,18 @@ def test_a_model_whose_units_overflow_on_a_text_is_refused(tiny_model):
         ffn.vectors[0].read(ffn.rows)[3] = float("inf")
     with pytest.raises(UnsupportedModelError, match=r"layers\.1.*wider `dtype`"):
         read_moments(model, [ffn], {"input_ids": torch.ones(2, 8, dtype=torch.int64)})
+
+
+def test_an_ffn_that_no_token_reaches_is_judged_from_weights_alone(tiny_model, caplog):
+    model = tiny_model("qwen2_moe")
+    ffns = find_ffns(model)
+    caplog.set_level("INFO", logger="yopo")
+    evidence = Evidence(torch.full((2, 8), 7), seed=0)  # tokens all alike go to two experts of four
+    found = {ffn.name: moments for ffn, moments in evidence.moments(model, ffns)}
+    unseen = [ffn for ffn in ffns if found[ffn.name].tokens == 0]
+    assert 0 < len(unseen) < len(ffns)
+    assert f"No token reaches {len(unseen)} FFNs" in caplog.text
+    imagined = imagine_moments(model, unseen, tokens=128 * 256, seed=0)
+    for ffn in unseen:
+        assert torch.equal(found[ffn.name].second_FF, imagined[ffn.name].second_FF)
+        assert found[ffn.name].second_FF.diagonal().min() > 0

@@ -277,18 +277,18 @@ class TestEveryMethod:
 
 
 def interrupt_in_episode(monkeypatch, number):
-    """Raise what Ctrl-C raises when the first layer (of two) has drawn its rows in an episode."""
+    """Raise what Ctrl-C raises when an episode is all but done."""
     from yopo import reinforce
 
-    draw, calls = reinforce.draw_rows, []
+    record = reinforce.Episode
 
     def interrupted(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == 2 * number + 1:
+        episode = record(*args, **kwargs)
+        if episode.number == number:
             raise KeyboardInterrupt
-        return draw(*args, **kwargs)
+        return episode
 
-    monkeypatch.setattr(reinforce, "draw_rows", interrupted)
+    monkeypatch.setattr(reinforce, "Episode", interrupted)
 
 
 def test_one_policy_serves_every_ratio_and_models_of_other_shapes(tiny_llama, tiny_opt, tmp_path):

@@ -11,7 +11,7 @@ from yopo.adapters import Ffn, Slot
 from yopo.errors import InvalidArgumentError
 from yopo.features import FEATURES, row_features
 from yopo.policy import Policy, Recipe
-from yopo.reinforce import learn, learn_as_published, leave_one_out
+from yopo.reinforce import explore, learn, learn_as_published, leave_one_out
 from yopo.reward import spectral_rewards
 from yopo.sampling import best_rows, draw_log_probability
 
@@ -36,6 +36,11 @@ def recipe(**changes):
     fields = {"method": "features", "reward": "spectral", "ratio": 0.5, "multiple_of": 1}
     training = {"episodes": 4, "samples": 4, "learning_rate": 0.3, "discount": 0.9, "seed": 0}
     return Recipe(**fields | training | changes)
+
+
+def unordered(ffns):
+    """An elimination that drops the rows as they come."""
+    return {ffn.name: torch.arange(ffn.rows) for ffn in ffns}
 
 
 def learn_spectrally(ffns, training, widths):
@@ -194,7 +199,7 @@ def test_what_one_episode_learns_is_not_lost():
         return kept["mlp"].double().mean(dim=1)  # the higher the rows, the better
 
     training = recipe(episodes=1, samples=64, reward="custom")
-    ((episode, policy),) = learn(ffns, training, {"mlp": 12}, reward)
+    ((episode, policy),) = explore(ffns, training, {"mlp": 12}, reward, unordered(ffns))
     start = Policy.at_start(training)
     assert not torch.equal(policy.tensors["weights_P"], start.tensors["weights_P"])
     assert (episode.ks, episode.best_ks) == ((), ())
@@ -209,8 +214,13 @@ def test_what_one_episode_learns_is_not_lost():
     "returned", [1.0, torch.zeros(4), torch.zeros(2, 5), torch.full((5,), torch.nan), None]
 )
 def test_a_reward_that_is_none_is_refused(returned):
+    ffns = [make_ffn(24, 8)]
     with pytest.raises(InvalidArgumentError, match=r"`reward` must return finite numbers.*\(5,\)"):
-        next(learn([make_ffn(24, 8)], recipe(reward="custom"), {"mlp": 12}, lambda kept: returned))
+        next(
+            explore(
+                ffns, recipe(reward="custom"), {"mlp": 12}, lambda kept: returned, unordered(ffns)
+            )
+        )
 
 
 def test_one_reward_for_all_ffns_is_as_good_as_the_same_for_each():
@@ -224,7 +234,8 @@ def test_one_reward_for_all_ffns_is_as_good_as_the_same_for_each():
         return one(kept).expand(2, -1)
 
     (*_, (last, policy)), (*_, (again, same)) = (
-        learn(ffns, recipe(reward="custom"), keeps, reward) for reward in (one, each)
+        explore(ffns, recipe(reward="custom", discount=1.0), keeps, reward, unordered(ffns))
+        for reward in (one, each)
     )
     assert last == again
     assert torch.equal(policy.tensors["weights_P"], same.tensors["weights_P"])
