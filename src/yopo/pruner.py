@@ -1,11 +1,11 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,17 @@ from yopo.adapters.attention import find_attention_units
 from yopo.allocation import Spread
 from yopo.budget import Budget, RatioOf, Widths
 from yopo.decision import Decision, decide, weigh_losses, write_restored
-from yopo.divergence import Divergence
-from yopo.elimination import ffn_elimination_order
-from yopo.errors import InvalidArgumentError, NotFittedError, PolicyMismatchError
+from yopo.errors import InvalidArgumentError, NotFittedError
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
-from yopo.reinforce import Episode, explore, learn, learn_as_published
-from yopo.reward import Reward, output_rewards, spectral_rewards
+from yopo.reinforce import Episode
 from yopo.surgery import apply_plan, interrupts_held
+from yopo.training import ModelReward, train
 
 logger = logging.getLogger(__name__)
 
 Allocation = Literal["uniform", "adaptive"]
-ModelReward = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -219,22 +216,13 @@ class PolicyPruner:
         ffns = find_ffns(model)
         check_weights(ffns)
         recipe = self._recipe
-        if recipe.method == "prunenet":
-            _check_one_width(ffns)
-        if recipe.reward == "custom" and self._reward is None:
-            raise InvalidArgumentError(
-                "the policy was trained with a reward function, which its files do not hold: make "
-                "a new `PolicyPruner` with it as `reward`."
-            )
-        widths = plan_widths(ffns, recipe.ratio, multiple_of=recipe.multiple_of)
+        episodes = train(model, ffns, recipe, evidence=self._evidence, own_reward=self._reward)
         self.history = []
         if recipe.episodes == 0:
             self._policy = Policy.at_start(recipe)
             return self
         try:
-            for episode, policy in _with_progress(
-                self._train(model, ffns, widths), recipe.episodes
-            ):
+            for episode, policy in episodes:
                 self.history.append(episode)
                 self._policy = policy
         except KeyboardInterrupt:
@@ -361,24 +349,6 @@ class PolicyPruner:
         check_weights(ffns)
         return ffns + find_attention_units(model) if self._recipe.attention else ffns
 
-    def _train(
-        self, model: nn.Module, ffns: Sequence[Ffn], widths: dict[str, int]
-    ) -> Iterator[tuple[Episode, Policy]]:
-        if self._recipe.method == "prunenet":
-            return learn_as_published(ffns, self._recipe, widths)
-        recipe = self._recipe
-        if recipe.reward == "spectral":
-            return learn(ffns, recipe, widths, spectral_rewards(ffns))
-        moments = {ffn.name: found for ffn, found in self._evidence.moments(model, ffns)}
-        orders = {ffn.name: ffn_elimination_order(ffn, moments[ffn.name]) for ffn in ffns}
-        if self._reward is not None:
-            reward: Reward = partial(self._reward, model)
-        elif recipe.reward == "divergence":
-            reward = Divergence(model, ffns, moments if recipe.restore else None, seed=recipe.seed)
-        else:
-            reward = output_rewards(ffns, moments)
-        return explore(ffns, recipe, widths, reward, orders)
-
     def _budget(
         self,
         ratio: float | None,
@@ -422,27 +392,3 @@ class PolicyPruner:
             generator=torch.Generator().manual_seed(recipe.seed) if sample else None,
             losses=losses,
         )
-
-
-def _check_one_width(ffns: Sequence[Ffn]) -> None:
-    """Check that the published scorer, a vector of one width, fits every FFN."""
-    first = ffns[0].expand_weights()[0].shape[1]
-    for ffn in ffns:
-        if (width := ffn.expand_weights()[0].shape[1]) != first:
-            raise PolicyMismatchError(
-                f"the published policy scores rows of one width, but `{ffns[0].name}` has width "
-                f"{first} and `{ffn.name}` {width}. Use `PolicyPruner()`."
-            )
-
-
-def _with_progress(
-    episodes: Iterable[tuple[Episode, Policy]], total: int
-) -> Iterator[tuple[Episode, Policy]]:
-    """Yield `episodes` under the progress bar of transformers, which users can switch off."""
-    from transformers.utils.logging import tqdm
-
-    progress: Any = tqdm(episodes, total=total, desc="fit", unit="episode")
-    for episode, policy in progress:
-        name, values = ("ks", episode.ks) if episode.ks else ("reward", episode.reward)
-        progress.set_postfix_str(f"{name} {sum(values) / len(values):.4f}", refresh=False)
-        yield episode, policy

@@ -214,7 +214,7 @@ def _distances(reward: Tensor) -> Tensor:
 
 @torch.inference_mode(False)
 def learn_as_published(
-    ffns: Sequence[Ffn], recipe: Recipe, widths: dict[str, int]
+    ffns: Sequence[Ffn], recipe: Recipe, widths: Mapping[str, int]
 ) -> Iterator[tuple[Episode, Policy]]:
     """Train PruneNet's policy as its reference code does, and yield it after each episode.
 

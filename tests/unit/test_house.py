@@ -18,8 +18,8 @@ MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__
 ORDER = (
     "errors files adapters memory damping plan sampling upkeep surgery loading spectrum "
     "writing moments imagining evidence elimination allocation budget features scorer restore "
-    "reward divergence criteria policy decision reinforce pruner evaluation report embedded "
-    "demo cli"
+    "reward divergence criteria policy decision reinforce training pruner evaluation report "
+    "embedded demo cli"
 ).split()
 """A module may import only those before it."""
 
