@@ -84,19 +84,19 @@ def write_tokens(
 def _generate(model: Any, noise_NW: Tensor) -> dict[str, Tensor]:
     """Let a model write from left to right, as many tokens as there are in the noise.
 
-    Half of a decoder's texts go on from the token that begins documents, if the config names one:
-    a model that was trained with it is at a loss without. The others go on from a token of noise,
-    as in mid-text: many models never saw the former, and those with a favourite text write others.
+    A decoder goes on from the token that begins a text, if the config names one, and one of noise:
+    a model that was trained with the former is at a loss without it, one that was not reads on
+    from the latter, and by the latter texts differ even where a model has a favourite.
     An encoder reads noise first and then, where it has the decoder's vocabulary, what the decoder
     made of it: text is what encoders are for.
     """
     length = noise_NW.shape[1]
     if not model.config.is_encoder_decoder:
         begin = _named_id(model.config, "bos")
-        prompt_N1 = noise_NW[:, :1].clone()
+        prompt_NB = noise_NW[:, :1]
         if begin is not None:
-            prompt_N1[::2] = begin
-        return {"input_ids": _go_on(model, prompt_N1, length - 1)}
+            prompt_NB = torch.cat([torch.full_like(prompt_NB, begin), prompt_NB], 1)
+        return {"input_ids": _go_on(model, prompt_NB, length - prompt_NB.shape[1])}
     read_NW, written_NW = noise_NW, _go_on(model, noise_NW, length)
     if _words(model.get_encoder()) == _words(model.get_decoder()):
         read_NW = written_NW[:, 1:]
