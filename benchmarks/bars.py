@@ -25,28 +25,31 @@ def bars(rows: list[Row]) -> str:
 
 
 def _shares(rows: list[Row]) -> list[str]:
-    """Show the share of random's loss, and how much more real text would save."""
+    """Show the share of random's loss, and how much more of it real text would save."""
     ratios = sorted({row["ratio"] for row in rows})
-    table = [["model", *(f"{ratio:g}" for ratio in ratios), "mean", "on real text", "quotient"]]
-    means: dict[str, list[float]] = {OURS: [], REAL: []}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = {row["ratio"]: row["share"] for row in rows if _is(row, model, OURS)}
-        real = {row["ratio"]: row["share"] for row in rows if _is(row, model, REAL)}
-        if not own or not real or None in own.values():
-            continue
-        both = statistics.fmean(own.values()), statistics.fmean(real.values())
-        means[OURS].append(both[0])
-        means[REAL].append(both[1])
-        cells = [f"{own[ratio]:.3f}" if ratio in own else "" for ratio in ratios]
-        table.append(
-            [model, *cells, f"{both[0]:.3f}", f"{both[1]:.3f}", f"{both[0] / both[1]:.2f}"]
-        )
-    if not means[OURS]:
-        return ["`yopo`, its version on real text or random rows were not measured."]
-    both = statistics.fmean(means[OURS]), statistics.fmean(means[REAL])
-    rest = [f"{both[0]:.3f}", f"{both[1]:.3f}", f"{both[0] / both[1]:.2f}"]
-    table.append(["all", *("" for _ in ratios), *rest])
-    return ["Share of random's loss that `yopo` has:", "", format_table(table)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shares: dict[str, dict[tuple[str, float], float]] = {
+        method: {
+            (row["model"], row["ratio"]): row["share"]
+            for row in rows
+            if row["method"] == method and row["share"] is not None
+        }
+        for method in (OURS, REAL)
+    }
+    table = [["share", *(f"{ratio:g}" for ratio in ratios)]]
+    for model in models:
+        found = [shares[OURS].get((model, ratio)) for ratio in ratios]
+        table.append([model, *("" if share is None else f"{share:.3f}" for share in found)])
+    means: list[list[str]] = [["mean"], ["mean, on real text"], ["quotient"]]
+    for ratio in ratios:
+        both = [(m, ratio) for m in models if all((m, ratio) in s for s in shares.values())]
+        if not both:
+            return ["`yopo`, its version on real text or random rows were not measured."]
+        ours, real = (statistics.fmean(shares[method][key] for key in both) for method in shares)
+        means[0].append(f"{ours:.3f}")
+        means[1].append(f"{real:.3f}")
+        means[2].append(f"{ours / real:.2f}")
+    return ["Share of random's loss that `yopo` has:", "", format_table(table + means)]
 
 
 def _spreads(rows: list[Row]) -> list[str]:
