@@ -28,9 +28,11 @@ def gaussian_moments(layer, gate, up):
 
 
 def test_half_of_the_inputs_are_the_stream_without_attention_and_half_are_noise(tiny_model):
-    model = without_attention(tiny_model("llama"))
+    model = without_attention(tiny_model("llama", vocab_size=5000))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:500] = model.model.embed_tokens.weight[0]
     ffns = find_ffns(model)
-    shares = 1 / (torch.arange(model.config.vocab_size) + 100.0)
+    shares = 1 / (torch.arange(5000) + 100.0)
     generator = torch.Generator().manual_seed(5)
     ids = torch.multinomial(shares, TOKENS, replacement=True, generator=generator)
     stream = read_moments(model, ffns, {"input_ids": ids[:, None]})
@@ -80,6 +82,7 @@ def test_the_mean_of_the_experts_goes_on_in_the_stream():
         num_key_value_heads=1, vocab_size=64, num_local_experts=4,
     )  # fmt: skip
     model = without_attention(MixtralForCausalLM(config))
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
     for layer in model.model.layers:  # experts that are all alike need no routing to be known
         for parameter in layer.mlp.experts.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
