@@ -44,6 +44,28 @@ def test_half_of_the_inputs_are_the_stream_without_attention_and_half_are_noise(
         assert imagined[ffn.name].tokens == TOKENS
 
 
+def test_biases_are_part_of_the_stream(tiny_model):
+    model = tiny_model("opt")
+    decoder = model.model.decoder
+    with torch.no_grad():
+        decoder.embed_positions.weight.zero_()
+        for layer in decoder.layers:
+            layer.self_attn.out_proj.weight.zero_()
+            layer.self_attn.out_proj.bias.zero_()
+            layer.fc2.bias.normal_(generator=torch.Generator().manual_seed(0))
+    ffn, layer = find_ffns(model)[1], decoder.layers[1]
+    shares = 1 / (torch.arange(model.config.vocab_size) + 100.0)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.multinomial(shares, TOKENS, replacement=True, generator=generator)
+    stream = read_moments(model, [ffn], {"input_ids": ids[:, None]})[ffn.name]
+    with torch.no_grad():
+        noise = layer.final_layer_norm(torch.randn(TOKENS, 32, generator=generator))
+        units = torch.relu(layer.fc1(noise))
+    expected = (stream.mean_F + units.mean(dim=0).double()) / 2
+    imagined = imagine_moments(model, [ffn], tokens=TOKENS, seed=0)[ffn.name]
+    assert (imagined.mean_F - expected).norm() < 0.05 * expected.norm()
+
+
 def test_an_ffn_is_imagined_alike_alone_and_among_the_others(tiny_model):
     model = tiny_model("opt")
     ffns = find_ffns(model)
