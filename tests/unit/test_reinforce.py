@@ -1,4 +1,5 @@
 import random
+import statistics
 from itertools import permutations
 
 import numpy as np
@@ -208,6 +209,53 @@ def test_what_one_episode_learns_is_not_lost():
         return best_rows(tried.log_odds(ffns[0]), keep=12).double().mean()
 
     assert mean_row(policy) > mean_row(start)
+
+
+def test_drawn_policies_earn_more_from_episode_to_episode():
+    ffns = [make_ffn(60, 8, f"layers.{i}", seed=i) for i in range(2)]
+    keeps = {ffn.name: 30 for ffn in ffns}
+
+    def reward(kept):
+        """Count the rows whose gates are the longest, which the start does not look at."""
+        return torch.stack(
+            [
+                torch.isin(kept[ffn.name], ffn.expand_weights()[0].norm(dim=1).topk(30).indices)
+                .double()
+                .mean(dim=1)
+                for ffn in ffns
+            ]
+        )
+
+    trained = list(
+        explore(ffns, recipe(episodes=20, reward="custom"), keeps, reward, unordered(ffns))
+    )
+    first, last = (
+        statistics.fmean(r for episode, _ in part for r in episode.reward)
+        for part in (trained[:4], trained[-4:])
+    )
+    assert last > first + 0.1
+    start, best = (
+        policy.tensors["weights_P"][FEATURES.index("log_norm_gate")]
+        for policy in (Policy.at_start(recipe(reward="custom")), trained[-1][1])
+    )
+    assert best > start
+
+
+def test_the_discount_decides_which_ffn_counts():
+    ffns = [make_ffn(24, 8, f"layers.{i}", seed=0) for i in range(2)]  # twins keep the same rows
+    keeps = {ffn.name: 12 for ffn in ffns}
+
+    def reward(kept):
+        height_M = kept["layers.0"].double().mean(dim=1)
+        return torch.stack([height_M, -2 * height_M])
+
+    heights = []
+    for discount in (0.1, 1.0):
+        training = recipe(reward="custom", discount=discount)
+        *_, (_, policy) = explore(ffns, training, keeps, reward, unordered(ffns))
+        odds = policy.log_odds(ffns[0], unordered(ffns)["layers.0"])
+        heights.append(best_rows(odds, keep=12).double().mean())
+    assert heights[0] > heights[1]
 
 
 @pytest.mark.parametrize(
