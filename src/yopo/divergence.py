@@ -16,7 +16,7 @@ from yopo.errors import UnsupportedModelError
 from yopo.moments import Moments
 from yopo.restore import restore_contract
 from yopo.surgery import interrupts_held
-from yopo.writing import write_tokens
+from yopo.writing import can_write, write_tokens
 
 _SEQUENCES, _LENGTH = 8, 256
 _NUMBERS = 2**28
@@ -50,6 +50,8 @@ class Divergence:
         seed: int,
     ) -> None:
         """Let the model write a text, and keep what it predicts of each next token."""
+        if not can_write(model):
+            raise _no_predictions(model)
         self._model, self._ffns, self._moments = model, ffns, moments
         config: Any = model.config
         vocabulary = int(config.get_text_config().vocab_size)
@@ -104,14 +106,17 @@ class Divergence:
                 with torch.no_grad():
                     output = self._model(**inputs, use_cache=False)
                 if not isinstance(getattr(output, "logits", None), Tensor):
-                    raise UnsupportedModelError(
-                        f"{type(self._model).__name__} predicts no tokens, so `reward='divergence'`"
-                        " cannot compare predictions. Use the model with its language-model head, "
-                        "or `reward='output'`."
-                    )
+                    raise _no_predictions(self._model)
                 yield output.logits.flatten(0, -2).float().log_softmax(dim=-1)
         finally:
             self._model.train(training)
+
+
+def _no_predictions(model: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} predicts no tokens, so `reward='divergence'` cannot compare "
+        "predictions. Use the model with its language-model head, or `reward='output'`."
+    )
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Evidence:
     """Give the moments of the hidden units of any model, by one of three ways.
 
     Args:
-        kind: "self" for text that the model writes itself, "weights" for Gaussian inputs, "auto"
+        kind: "self" for text that the model writes itself, "weights" for imagined inputs, "auto"
             for the first where the model can write and the second elsewhere; or token ids
             `(N, W)`, which is calibration on data.
         seed: Seed of the text or the inputs.

@@ -83,8 +83,8 @@ class Recipe:
             )
         if self.allocation == "adaptive" and not self.needs_evidence:
             raise InvalidArgumentError(
-                '`allocation="adaptive"` weighs what the FFN\'s output loses, which only '
-                '`reward="output"` looks at: use it, or `allocation="uniform"`.'
+                '`allocation="adaptive"` weighs what the output of FFNs loses, of which the '
+                'spectral reward knows nothing: use `reward="output"`, or `allocation="uniform"`.'
             )
 
     @property

@@ -40,25 +40,27 @@ class PolicyPruner:
     Args:
         ratio: Share of the rows that training removes, in [0, 1). The trained policy prunes at any
             ratio.
-        episodes: How often the policy draws rows and learns from what they earn: at least 0 with
-            the output reward, at least 1 with the spectral one. By default 0 and 20.
+        episodes: How often the policy draws and learns from what the draws earn: at least 0, and 1
+            with the spectral reward. By default 0 with the output reward, else 20.
         learning_rate: AdamW's step size, positive.
         discount: γ in (0, 1]: layer i counts γ^i times as much as the first.
-        samples: Draws a layer and episode, at least 2; the others' mean is a draw's baseline.
+        samples: Draws an episode, at least 2; the others' mean is a draw's baseline. With the
+            spectral reward they are sets of rows of a layer, else policies.
         reward: "output" for the error of the FFNs' output after restoring; "divergence" for that
             of the model's predictions, on text that it writes itself; "spectral" for the paper's
             distance between singular values. Or a function, which gets the model and M draws of
             kept rows `(M, K)` by FFN name, and returns what they earn: `(M,)`, or `(L, M)` for
             each FFN its own, the more the better. The model is not cut then.
         evidence: What is known of the hidden units: "self" for text that the model writes itself,
-            "weights" for Gaussian inputs, without running the model, "auto" for the first where
-            the model can write. Token ids `(N, W)` work too, and are calibration on data.
+            "weights" for inputs imagined from weights alone, "auto" for the first where the model
+            can write and the second elsewhere. Token ids `(N, W)` work too, and are calibration
+            on data.
         restore: Whether to re-solve the contract matrices on the evidence.
         multiple_of: Widths are rounded to a multiple of this; "auto" takes the largest of 256 …
             2 that moves the ratio by less than a percentage point, 1 none.
         allocation: "uniform" removes the same share of every FFN, and what is saved loads
-            anywhere. "adaptive" removes more where the model loses less by it, which needs the
-            output reward; the widths then differ, and a saved model needs `yopo.load`.
+            anywhere. "adaptive" removes more where the model loses less by it, and goes with any
+            reward but the spectral; the widths then differ, and a saved model needs `yopo.load`.
         seed: Seed of all randomness, at least 0. The global generators are left as they were.
 
     Attributes:

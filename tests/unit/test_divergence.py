@@ -112,3 +112,10 @@ def test_a_policy_learns_from_it_and_never_ends_below_the_closed_form(tiny_model
     assert learned >= start - 1e-6
     assert len(pruner.history) == 3
     assert pruner.history[0].ks == ()
+
+
+def test_a_model_without_a_head_is_refused_with_a_way_out(tiny_model):
+    headless = tiny_model("llama").model
+    pruner = yopo.PolicyPruner(reward="divergence", evidence="weights")
+    with pytest.raises(yopo.UnsupportedModelError, match="reward='output'"):
+        pruner.fit(headless)

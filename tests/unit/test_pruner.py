@@ -629,12 +629,13 @@ def test_a_size_and_a_ratio_at_once_are_refused(tiny_llama):
     assert unchanged(model, before)
 
 
-def test_adaptive_allocation_needs_the_output_reward():
+def test_adaptive_allocation_goes_with_any_reward_but_the_spectral():
+    PolicyPruner(reward="divergence", allocation="adaptive")
     for make in (
         lambda: PolicyPruner(reward="spectral", allocation="adaptive"),
         lambda: PolicyPruner(reward="spectral", restore=False, allocation="adaptive"),
     ):
-        with pytest.raises(InvalidArgumentError, match=r"use it, or `allocation=\"uniform\"`"):
+        with pytest.raises(InvalidArgumentError, match=r"use `reward=\"output\"`, or `allocation=\"uniform\"`"):
             make()
     with pytest.raises(InvalidArgumentError, match=r"`allocation` must be .* got 'even'"):
         PolicyPruner(allocation="even")
