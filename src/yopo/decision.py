@@ -4,7 +4,7 @@ Shapes: F rows, K kept rows, D model width, P features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,10 @@ def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> Non
     with torch.no_grad():
         for ffn in ffns:
             if (new := restored.get(ffn.name)) is not None:
-                ffn.contract.read(len(new.contract_KD)).copy_(new.contract_KD)
+                keep = len(new.contract_KD)
+                # Experts that lie one after another in a tensor have moved up by what was cut.
+                slot = replace(ffn.contract, start=ffn.contract.start * keep // ffn.rows)
+                slot.read(keep).copy_(new.contract_KD)
                 bias_D = ffn.contract_bias()
                 if bias_D is not None and new.bias_D is not None:
                     bias_D.copy_(new.bias_D)

@@ -8,7 +8,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -118,19 +117,19 @@ class Evidence:
     ) -> dict[str, Moments] | None:
         """Return the moments of a group, or None where several together exceed the memory."""
         try:
-            imagine = partial(imagine_moments, model, tokens=SEQUENCES * LENGTH, seed=self._seed)
             if not inputs:
-                return imagine(group)
+                return self._imagined(model, group)
             found = read_moments(model, group, inputs)
             unseen = [ffn for ffn in group if found[ffn.name].tokens == 0]
             if unseen:
-                logger.info(
-                    "No token reaches %d FFNs, such as `%s`: they are judged from weights alone.",
-                    len(unseen),
-                    unseen[0].name,
-                )
-                for name, imagined in imagine(unseen).items():
-                    found[name] = replace(imagined, tokens=0)
+                told = len(unseen), unseen[0].name
+                logger.info("No token reaches %d FFNs, such as `%s`: weights alone decide.", *told)
+                try:
+                    imagined = self._imagined(model, unseen)
+                except UnsupportedModelError as error:
+                    logger.warning("No token reaches %d FFNs, such as `%s`, and %s", *told, error)
+                    imagined = {}
+                found |= {name: replace(moments, tokens=0) for name, moments in imagined.items()}
             return found
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -138,6 +137,9 @@ class Evidence:
             if len(group) == 1:
                 raise too_little_memory(group[0]) from error
         return None
+
+    def _imagined(self, model: nn.Module, ffns: Sequence[Ffn]) -> dict[str, Moments]:
+        return imagine_moments(model, ffns, tokens=SEQUENCES * LENGTH, seed=self._seed)
 
 
 def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:

@@ -14,7 +14,14 @@ from yopo.adapters import Ffn, find_ffns
 from yopo.errors import UnsupportedModelError
 from yopo.moments import Moments, MomentSums
 
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate_act_fn")
+_ACTIVATIONS = (
+    "act_fn",
+    "activation_fn",
+    "act",
+    "activation",
+    "intermediate_act_fn",
+    "gelu_impl",
+)
 _BATCH = 4096
 _ZIPF_SHIFT = 100
 """By how much Zipf's law is flattened: special tokens lie in front of the frequent ones."""
@@ -149,8 +156,10 @@ def _hidden_units(model: nn.Module, ffn: Ffn, states_TD: Tensor) -> Tensor:
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return the activation that `module`, or a module inside it, keeps under a usual name."""
+    """Return the activation that `module` holds, under a usual name or as one of torch's own."""
     for holder in module.modules():
+        if type(holder).__module__ == "torch.nn.modules.activation":
+            return holder
         for name in _ACTIVATIONS:
             found: Callable[[Tensor], Tensor] | None = getattr(holder, name, None)
             if callable(found):

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+from transformers import (
+    BertConfig,
+    DbrxConfig,
+    DbrxForCausalLM,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 import yopo
 from yopo import (
@@ -18,6 +24,8 @@ from yopo import (
     UnsupportedModelError,
 )
 from yopo.criteria import norm_product, plan_by_criterion, random_rows, row_norm
+from yopo.evidence import Evidence
+from yopo.restore import restore_contract
 from yopo.spectrum import Spectrum, ks_distance
 
 TOKENS = torch.arange(8 * 24).view(8, 24) * 11 % 60 + 3
@@ -707,3 +715,32 @@ def test_a_reward_of_ones_own_gets_the_model_and_the_draws(tiny_llama, tmp_path)
 def test_what_is_no_reward_is_refused_by_name(reward):
     with pytest.raises(InvalidArgumentError, match="`reward`"):
         PolicyPruner(reward=reward)
+
+
+def experts_in_one_matrix():
+    """Build a DBRX, whose experts lie one after another."""
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return DbrxForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2_moe", "gpt_oss", "dbrx"])
+def test_what_is_restored_lands_where_it_belongs(tiny_model, kind):
+    model = experts_in_one_matrix() if kind == "dbrx" else tiny_model(kind)
+    evidence = Evidence(TOKENS, seed=0)
+    pruner = PolicyPruner(evidence=TOKENS, multiple_of=8).fit(model)
+    plan = pruner.plan(model, 0.5)
+    expected = {
+        ffn.name: restore_contract(
+            moments, ffn.contract_weight(), ffn.contract_bias(), plan.kept[ffn.name],
+            dtype=torch.float32,
+        )
+        for ffn, moments in evidence.moments(model, yopo.find_ffns(model))
+    }  # fmt: skip
+    pruner.prune(model, 0.5)
+    for ffn in yopo.find_ffns(model):
+        torch.testing.assert_close(ffn.contract_weight(), expected[ffn.name].contract_KD)

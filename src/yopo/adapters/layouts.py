@@ -109,7 +109,8 @@ def norm_before(root: nn.Module, path: str) -> nn.Module | None:
         is_post_norm = hasattr(enclosing, "post_feedforward_layernorm")
         for candidate in _NORMS:
             norm = _submodule(enclosing, candidate)
-            if norm is not None and not (is_post_norm and candidate.startswith("post")):
+            is_one = norm is not None and not isinstance(norm, nn.ModuleList)
+            if is_one and not (is_post_norm and candidate.startswith("post")):
                 return norm
         if parts[depth - 1].isdigit() and "expert" not in ".".join(parts[depth - 2 : depth]):
             return None
