@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo.errors import UnsupportedModelError
+from yopo.errors import UnsupportedModelError, YopoError
 
 SEQUENCES, LENGTH = 128, 256
 """How much text a model writes: sequences, and tokens in each."""
@@ -53,8 +53,8 @@ def write_tokens(
         `input_ids` `(N, W)`, and `decoder_input_ids` for an encoder-decoder.
 
     Raises:
-        UnsupportedModelError: If the model writes NaN or infinity, cannot compute in its dtype, or
-            does not say where its decoder begins.
+        UnsupportedModelError: If the model writes NaN or infinity, cannot compute in its dtype or
+            generate from token ids alone, or does not say where its decoder begins.
     """
     length = _readable(model, length)
     device = next(model.parameters()).device
@@ -111,12 +111,20 @@ def _go_on(model: Any, prompt_ids: Tensor, tokens: int) -> Tensor:
     config = model.generation_config
     config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens)
     config.suppress_tokens = sorted(_special_ids(model.config)) or None
-    written: Tensor = model.generate(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_checked]),
-    )
+    try:
+        written: Tensor = model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_checked]),
+        )
+    except YopoError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate from token ids alone ({error}). Use "
+            "`evidence='weights'`, or token ids as `evidence`."
+        ) from error
     return written
 
 

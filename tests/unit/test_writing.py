@@ -281,3 +281,14 @@ def test_a_config_that_names_no_limit_sets_none():
     model = transformers.XLNetLMHeadModel(config).eval()
     assert config.max_position_embeddings == -1
     assert write_tokens(model, sequences=2, length=8)["input_ids"].shape == (2, 8)
+
+
+def test_a_model_whose_generation_fails_is_refused_with_a_way_out(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+
+    def fail(*_, **__):
+        raise TypeError("no cache of this kind")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(UnsupportedModelError, match=r"no cache of this kind.*evidence='weights'"):
+        write_tokens(model, sequences=2, length=8)
