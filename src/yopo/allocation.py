@@ -34,6 +34,7 @@ from yopo.plan import (
     check_multiple_of,
     check_ratio,
     expert_multiple,
+    stack_and_layer,
 )
 
 _LEAST = 0.25
@@ -106,7 +107,7 @@ class Spread:
         stream = _stream(ffns, losses)
         unseen, parts = set(), []
         for number, (cell, step) in enumerate(zip(cells, steps, strict=True)):
-            loss_S, cost_S = _step_losses(cell, losses, step, stream[_layer(cell[0])])
+            loss_S, cost_S = _step_losses(cell, losses, step, stream[stack_and_layer(cell[0])])
             if not any(losses[ffn.name].tokens for ffn in cell):
                 unseen.add(number)
                 continue
@@ -226,14 +227,7 @@ def _stream(ffns: Sequence[Ffn], losses: Mapping[str, Losses]) -> dict[tuple[str
     stream: dict[tuple[str, str], float] = {}
     held: dict[str, float] = defaultdict(float)
     for ffn in ffns:
-        stack, _ = layer = _layer(ffn)
+        stack, _ = layer = stack_and_layer(ffn)
         held[stack] += losses[ffn.name].added
         stream[layer] = held[stack]
     return stream
-
-
-def _layer(ffn: Ffn) -> tuple[str, str]:
-    """Return the stack and the number that the name of an FFN tells."""
-    parts = ffn.name.split(".")
-    depth = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:depth]), ".".join(parts[: depth + 1])

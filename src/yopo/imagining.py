@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from yopo.adapters import Ffn, find_ffns
 from yopo.errors import UnsupportedModelError
 from yopo.moments import Moments, MomentSums
+from yopo.plan import stack_and_layer
 
 _ACTIVATIONS = (
     "act_fn",
@@ -52,7 +53,7 @@ def imagine_moments(
     walk = [ffn for ffn in find_ffns(model, prove_unknown=False) if ffn.known or ffn.name in sums]
     last = max(number for number, ffn in enumerate(walk) if ffn.name in sums)
     streams: dict[str, Tensor] = {}
-    for (stack, _), layer in groupby(walk[: last + 1], key=_stack_and_layer):
+    for (stack, _), layer in groupby(walk[: last + 1], key=stack_and_layer):
         members = list(layer)
         if stack not in streams:
             streams[stack] = _embeddings(model, members[0], tokens // 2, seed)
@@ -120,13 +121,6 @@ def _normed(ffn: Ffn, states_TD: Tensor) -> Tensor:
     weight: Tensor = next(norm.parameters(), states_TD)
     normed_TD: Tensor = norm(states_TD.to(weight.device, weight.dtype))
     return normed_TD.to(states_TD.device, torch.float32)
-
-
-def _stack_and_layer(ffn: Ffn) -> tuple[str, str]:
-    """Return the names of the stack of layers and of the layer that hold `ffn`."""
-    parts = ffn.name.split(".")
-    depth = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:depth]), ".".join(parts[: depth + 1])
 
 
 def _hidden_units(model: nn.Module, ffn: Ffn, states_TD: Tensor) -> Tensor:

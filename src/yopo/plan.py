@@ -249,6 +249,13 @@ def selected_layers(ffns: Sequence[Ffn], layers: Iterable[int | str] | None) -> 
     return {ffn.name: ffn.name in chosen for ffn in ffns}
 
 
+def stack_and_layer(ffn: Ffn) -> tuple[str, str]:
+    """Return the names of the stack of layers and of the layer that hold `ffn`."""
+    parts = ffn.name.split(".")
+    depth = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+
+
 def _is_sorted_index(kept_K: object) -> bool:
     return (
         isinstance(kept_K, Tensor)
