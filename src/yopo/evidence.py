@@ -122,13 +122,13 @@ class Evidence:
             found = read_moments(model, group, inputs)
             unseen = [ffn for ffn in group if found[ffn.name].tokens == 0]
             if unseen:
-                told = len(unseen), unseen[0].name
-                logger.info("No token reaches %d FFNs, such as `%s`: weights alone decide.", *told)
+                told = f"No token reaches {len(unseen)} FFNs, such as `{unseen[0].name}`"
                 try:
                     imagined = self._imagined(model, unseen)
+                    logger.info(f"{told}: they are judged from weights alone.")
                 except UnsupportedModelError as error:
-                    logger.warning("No token reaches %d FFNs, such as `%s`, and %s", *told, error)
                     imagined = {}
+                    logger.warning(f"{told}: their rows go as they come, for {error}")
                 found |= {name: replace(moments, tokens=0) for name, moments in imagined.items()}
             return found
         except (MemoryError, RuntimeError) as error:

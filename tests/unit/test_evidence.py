@@ -276,3 +276,14 @@ def test_an_ffn_that_no_token_reaches_is_judged_from_weights_alone(tiny_model, c
     for ffn in unseen:
         assert torch.equal(found[ffn.name].second_FF, imagined[ffn.name].second_FF)
         assert found[ffn.name].second_FF.diagonal().min() > 0
+
+
+def test_an_ffn_that_neither_text_nor_weights_tell_of_is_named(tiny_model, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise UnsupportedModelError("its activation is not found.")
+
+    monkeypatch.setattr("yopo.evidence.imagine_moments", fail)
+    model = tiny_model("qwen2_moe")
+    found = moments_of(Evidence(torch.full((2, 8), 7), seed=0), model)
+    assert "rows go as they come, for its activation is not found." in caplog.text
+    assert {ffn.name for ffn in find_ffns(model)} == set(found)
