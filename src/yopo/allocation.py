@@ -75,8 +75,8 @@ class Spread:
         rank_S: How many steps of the cell go before it.
         cost_S: Parameters that go with it, float64.
         total: Parameters in all rows of the cells that have steps.
-        unseen: Cells that no token has reached. Nothing is known of them, so they take the ratio
-            as it is, and have no steps.
+        unseen: Cells that no token has reached. How much they matter is not known, so they take
+            the ratio as it is, and have no steps.
     """
 
     cells: tuple[tuple[Ffn, ...], ...]

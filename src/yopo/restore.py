@@ -53,8 +53,7 @@ def restore_contract(
     weights as they are, so that directions without evidence stay untouched. Where there is a bias,
     moments are central and the bias absorbs the means. The result is rounded to `dtype` before its
     error is measured; should it not beat the weights as they are, those are returned, and the log
-    says so. Rounding to bfloat16 adds about a thousandth to the error that is left, so nothing
-    works against it.
+    says so.
 
     Args:
         moments: What is known of the hidden units.
