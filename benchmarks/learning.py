@@ -19,8 +19,8 @@ from yopo import criteria
 from yopo.evaluation import perplexity
 from yopo.moments import read_moments
 from yopo.report import format_table
-from yopo.reward import output_reward, spectral_reward
-from yopo.spectrum import Spectrum
+from yopo.reward import output_reward
+from yopo.spectrum import spectra_of, spectral_distances
 from yopo.writing import write_tokens
 
 RATIO = 0.3
@@ -29,10 +29,9 @@ RANDOM_SEEDS = 20
 
 def mean_ks(model: Any, plan: yopo.PruningPlan) -> float:
     """Return the distance that `plan` earns, averaged over the layers of `model`."""
-    return statistics.fmean(
-        float(spectral_reward(Spectrum.of(ffn.expand_weights()[0]), plan.kept[ffn.name][None])[1])
-        for ffn in yopo.find_ffns(model)
-    )
+    ffns = yopo.find_ffns(model)
+    spectra = spectra_of([ffn.gate for ffn in ffns])
+    return float(spectral_distances(spectra, [plan.kept[ffn.name][None] for ffn in ffns]).mean())
 
 
 def output_error(model: Any, plan: yopo.PruningPlan, inputs: dict[str, torch.Tensor]) -> float:

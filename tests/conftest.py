@@ -1,6 +1,7 @@
 """Small models from configs in memory, the same for every test that asks for the same."""
 
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 import transformers
 from hypothesis import settings
 from safetensors.torch import load_file
+
+from yopo.adapters import SOURCES
 
 torch.set_num_threads(1)
 settings.register_profile("yopo", deadline=None, derandomize=True, max_examples=30)
@@ -72,6 +75,42 @@ def tiny_opt():
 @pytest.fixture(scope="session")
 def tiny_phi():
     return partial(build, "phi")
+
+
+@pytest.fixture
+def skeleton_of():
+    """Return the function that turns a model into shapes, and a source of what they stand for.
+
+    Its attribute `held` tells the most modules that were loaded at once.
+    """
+
+    def of(model):
+        with torch.random.fork_rng(), torch.device("meta"):
+            skeleton = type(model)(model.config).eval()
+        twins = dict(zip(skeleton.modules(), model.modules(), strict=True))
+        held = set()
+
+        @contextmanager
+        def load(modules):
+            modules = list(modules)
+            assert not held.intersection(modules)
+            shapes = [dict(module._parameters) for module in modules]
+            for module in modules:
+                module._parameters.update(twins[module]._parameters)
+            held.update(modules)
+            of.held = max(of.held, len(held))
+            try:
+                yield
+            finally:
+                held.difference_update(modules)
+                for module, parameters in zip(modules, shapes, strict=True):
+                    module._parameters.update(parameters)
+
+        SOURCES[skeleton] = load
+        return skeleton
+
+    of.held = 0
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,11 @@ from yopo.errors import (
     YopoError,
 )
 from yopo.loading import load
+from yopo.on_disk import prune_checkpoint
 from yopo.plan import PruningPlan
 from yopo.pruner import PolicyPruner
 from yopo.reinforce import Episode
+from yopo.speed import SpeedReport, benchmark
 from yopo.surgery import apply_plan
 
 try:
@@ -36,12 +38,15 @@ __all__ = [
     "PolicyMismatchError",
     "PolicyPruner",
     "PruningPlan",
+    "SpeedReport",
     "UnsupportedModelError",
     "YopoError",
     "apply_plan",
+    "benchmark",
     "criteria",
     "find_ffns",
     "load",
     "plan_by_criterion",
+    "prune_checkpoint",
     "register_adapter",
 ]

@@ -1,18 +1,23 @@
 """The command line: thin, over the same functions that Python users call."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from yopo.adapters import find_ffns
+from yopo.checkpoint import open_checkpoint
 from yopo.criteria import plan_by_criterion, row_norm
 from yopo.errors import InvalidArgumentError, YopoError
 from yopo.loading import load
+from yopo.on_disk import prune_checkpoint
 from yopo.plan import MultipleOf
 from yopo.pruner import PolicyPruner
+from yopo.ranks import rank_and_count
 from yopo.report import describe_ffns, format_table, sizes_of
+from yopo.speed import benchmark
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,38 +63,65 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    pruner = _new_pruner(options).fit(load(options.model, dtype=options.dtype))
+    pruner = _new_pruner(options)
+    from_disk = options.dtype == "auto" and not pruner.runs_model
+    pruner.fit(options.model if from_disk else load(options.model, dtype=options.dtype))
     pruner.save_policy(options.output)
     print(f"Policy written to {options.output}.")
 
 
 def _prune(options: argparse.Namespace) -> None:
-    if options.output.exists() and any(options.output.iterdir()):
-        raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
-    model = load(options.model, dtype=options.dtype)
-    before = sizes_of(model, find_ffns(model))
-    if options.policy is None:
-        pruner = _new_pruner(options).fit(model)
+    size = {"ratio_of": options.ratio_of, "parameters": options.parameters, "bytes": options.bytes}
+    pruner = _pruner(options)
+    if options.dtype == "auto" and not pruner.runs_model:
+        checkpoint = open_checkpoint(options.model)
+        before = sizes_of(checkpoint.model, checkpoint.ffns)
+        plan = prune_checkpoint(
+            checkpoint.folder,
+            options.output,
+            options.ratio,
+            pruner=pruner,
+            layers=options.layers,
+            **size,
+        )
+        after = sizes_of(checkpoint.model, checkpoint.ffns, plan)
     else:
-        pruner = PolicyPruner.from_policy(options.policy, allocation=options.allocation)
-    pruner.prune(
-        model,
-        options.ratio,
-        ratio_of=options.ratio_of,
-        parameters=options.parameters,
-        bytes=options.bytes,
-        layers=options.layers,
+        if options.output.exists() and any(options.output.iterdir()):
+            raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
+        model = load(options.model, dtype=options.dtype)
+        before = sizes_of(model, find_ffns(model))
+        if not pruner.is_fitted:
+            pruner.fit(model)
+        pruner.prune(model, options.ratio, layers=options.layers, **size)
+        after = sizes_of(model, find_ffns(model))
+        model.save_pretrained(options.output)
+        _copy_tokenizer(options.model, options.output)
+    if rank_and_count()[0] == 0:
+        print(
+            f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows "
+            f"({1 - after.ffn_rows / before.ffn_rows:.2%}), "
+            f"{before.parameters - after.parameters:,} of {before.parameters:,} parameters "
+            f"({1 - after.parameters / before.parameters:.1%}); {before.bytes / 1e6:,.1f} → "
+            f"{after.bytes / 1e6:,.1f} MB. Written to {options.output}."
+        )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"`--json {options.json}` is in a folder that does not exist.")
+    report = benchmark(
+        options.model,
+        options.against,
+        batch=options.batch,
+        prompt=options.prompt,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        dtype=options.dtype,
+        device=options.device,
     )
-    after = sizes_of(model, find_ffns(model))
-    model.save_pretrained(options.output)
-    _copy_tokenizer(options.model, options.output)
-    print(
-        f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows "
-        f"({1 - after.ffn_rows / before.ffn_rows:.2%}), "
-        f"{before.parameters - after.parameters:,} of {before.parameters:,} parameters "
-        f"({1 - after.parameters / before.parameters:.1%}); {before.bytes / 1e6:,.1f} → "
-        f"{after.bytes / 1e6:,.1f} MB. Written to {options.output}."
-    )
+    print(report)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -102,12 +134,36 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(options.model, text=options.text, output=options.output)
 
 
+def _pruner(options: argparse.Namespace) -> PolicyPruner:
+    """Return the pruner whose policy is given, or a new one."""
+    if options.policy is None:
+        return _new_pruner(options)
+    evidence = None if options.evidence == "auto" else options.evidence
+    return PolicyPruner.from_policy(
+        options.policy, evidence=evidence, allocation=options.allocation
+    )
+
+
 def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
-    """Return the pruner that the options describe."""
+    """Return the pruner that the options describe.
+
+    Where nothing else is asked for, it is the lean one for a model that is not loaded.
+    """
     common: dict[str, Any] = {"seed": options.seed}
-    for name in ("ratio", "episodes"):
-        if getattr(options, name) is not None:
-            common[name] = getattr(options, name)
+    if options.ratio is not None:
+        common["ratio"] = options.ratio
+    asked = (options.allocation, options.reward, options.evidence, options.episodes)
+    is_plain = asked == (None, "output", "auto", None)
+    if options.method == "lean" or (options.method is None and is_plain):
+        if not is_plain:
+            raise InvalidArgumentError(
+                "`--method lean` goes with `--ratio` and `--seed` alone: it looks at weights, and "
+                "learns nothing."
+            )
+        if options.dtype == "auto" or options.method == "lean":
+            return PolicyPruner.lean(**common)
+    if options.episodes is not None:
+        common["episodes"] = options.episodes
     if options.method == "prunenet":
         if options.allocation == "adaptive":
             raise InvalidArgumentError(
@@ -155,17 +211,32 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", help="a model on the hub or on disk; default: the embedded one")
     demo.add_argument("--text", type=Path, help="text to measure perplexity on")
     demo.add_argument("--output", type=Path, default=Path("yopo-demo"))
-    for command in (info, fit, prune):
+    bench = commands.add_parser("bench", help="how fast a model loads and runs, beside its bound")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--against", metavar="DENSE", help="a model to time in turn with it")
+    bench.add_argument("--batch", type=int, default=1, help="sequences a pass; default 1")
+    bench.add_argument("--prompt", type=int, default=128, help="tokens to read; default 128")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens to write; default 32")
+    bench.add_argument("--repeats", type=int, default=5, help="turns that are timed; default 5")
+    bench.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    bench.add_argument("--device", help="default: the accelerator if there is one, else the CPU")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="file to write the figures to")
+    for command in (info, bench, fit, prune):
         command.add_argument("model", help="a model on the hub or on disk")
     for command in (fit, prune):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
         command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
         command.add_argument("--allocation", choices=["uniform", "adaptive"])
-        command.add_argument("--method", choices=["default", "prunenet"], default="default")
+        command.add_argument("--method", choices=["lean", "prunenet"])
         command.add_argument(
             "--reward", choices=["output", "divergence", "spectral"], default="output"
         )
-        command.add_argument("--evidence", choices=["auto", "self", "weights"], default="auto")
+        command.add_argument(
+            "--evidence",
+            choices=["auto", "self", "weights"],
+            default="auto",
+            help="self, or auto with what is learned, loads the model and lets it write text",
+        )
         command.add_argument("--episodes", type=int, help="episodes of policy gradient")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--dtype", default="auto", help="dtype to load the weights in")

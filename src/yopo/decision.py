@@ -1,9 +1,9 @@
 """Decide which rows stay and what the contract matrices become, one FFN at a time.
 
-Shapes: F rows, K kept rows, D model width, P features.
+Shapes: F rows, K kept rows, D model width, T inputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +14,19 @@ from yopo.adapters import Ffn
 from yopo.allocation import Losses, ffn_losses
 from yopo.elimination import ffn_elimination_order
 from yopo.evidence import Evidence
+from yopo.imagining import normed, walk
+from yopo.lean import INPUTS, choose_rows, ffn_output, read_units, restore_units
 from yopo.moments import Moments
 from yopo.plan import PruningPlan
 from yopo.policy import Policy
+from yopo.ranks import gather, own
 from yopo.restore import Restored, restore_contract
-from yopo.sampling import best_rows, draw_rows
+from yopo.sampling import best_rows, rows_drawn_by, uniform_noise
 from yopo.scorer import noisy_log_odds
+from yopo.writing import with_progress
+
+Decided = tuple[str, Tensor, Restored | None]
+"""The name of an FFN, its kept rows `(K,)`, and its contract matrix where one was asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +39,11 @@ class Decision:
 
 def weigh_losses(model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence) -> dict[str, Losses]:
     """Return what the rows of each FFN cost, by name, holding moments no longer than needed."""
-    return {ffn.name: ffn_losses(ffn, moments) for ffn, moments in evidence.moments(model, ffns)}
+    found = []
+    for ffn, moments in evidence.moments(model, own(ffns)):
+        with ffn.loaded():
+            found.append(ffn_losses(ffn, moments))
+    return dict(zip((ffn.name for ffn in ffns), gather(found), strict=True))
 
 
 def decide(
@@ -46,6 +57,7 @@ def decide(
     restore: bool,
     generator: torch.Generator | None,
     losses: Mapping[str, Losses] | None = None,
+    put_away: Callable[[str, Restored], None] | None = None,
 ) -> Decision:
     """Score the rows of each FFN, choose, and re-solve the contract matrix for the chosen.
 
@@ -61,35 +73,150 @@ def decide(
         restore: Whether to re-solve contract matrices.
         generator: Source of draws, None to take the rows that the policy prefers.
         losses: What is known already of the elimination of rows, by FFN.
+        put_away: Gets each re-solved matrix at once, with its FFN's name; none is returned then.
     """
-    kept = {ffn.name: torch.arange(ffn.rows, device="cpu") for ffn in ffns}
-    restored: dict[str, Restored] = {}
-    cut = [ffn for ffn in ffns if widths[ffn.name] < ffn.rows]
-    eliminates = policy.needs_evidence
-    needs_moments = restore or (eliminates and losses is None)
-    # The closed form keeps the last of the order, in whatever order they are among themselves.
-    stops_early = policy.recipe.episodes == 0 and generator is None
-    for ffn, moments in _with_moments(model, cut, evidence if needs_moments else None):
+    made = decisions(
+        model,
+        ffns,
+        policy=policy,
+        evidence=evidence,
+        widths=widths,
+        restore=restore,
+        generator=generator,
+        losses=losses,
+    )
+    found: dict[str, tuple[Tensor, Restored | None]] = {}
+    total = len(own(_cut(ffns, widths)))
+    for name, kept_K, new in with_progress(made, "decide", total=total, unit="FFN"):
+        if new is not None and put_away is not None:
+            put_away(name, new)
+        found[name] = kept_K, None if put_away is not None else new
+    cut = [ffn.name for ffn in _cut(ffns, widths)]
+    decided = dict(zip(cut, gather([found[name] for name in own(cut)]), strict=True))
+    kept = {
+        ffn.name: decided[ffn.name][0]
+        if ffn.name in decided
+        else torch.arange(ffn.rows, device="cpu")
+        for ffn in ffns
+    }
+    rows = {ffn.name: ffn.rows for ffn in ffns}
+    return Decision(
+        PruningPlan(kept=kept, rows=rows, ratio=ratio),
+        {name: new for name, (_, new) in decided.items() if new is not None},
+    )
+
+
+def decisions(
+    model: nn.Module,
+    ffns: Sequence[Ffn],
+    *,
+    policy: Policy,
+    evidence: Evidence,
+    widths: Mapping[str, int],
+    restore: bool,
+    generator: torch.Generator | None,
+    losses: Mapping[str, Losses] | None = None,
+) -> Iterator[Decided]:
+    """Yield what `decide` finds for the FFNs of this rank, each as soon as it is decided on.
+
+    What has been yielded is not held on to, so a caller that puts it away needs memory for one FFN.
+
+    Args:
+        model: As for `decide`.
+        ffns: As for `decide`.
+        policy: As for `decide`.
+        evidence: As for `decide`.
+        widths: As for `decide`.
+        restore: As for `decide`.
+        generator: As for `decide`.
+        losses: As for `decide`.
+
+    Yields:
+        The name of an FFN that is cut, its kept rows `(K,)`, sorted, on the CPU, and its contract
+        matrix, None where none was asked for.
+    """
+    cut = _cut(ffns, widths)
+    if policy.recipe.method == "lean":
+        wanted = {ffn.name: widths[ffn.name] for ffn in own(cut)}
+        yield from _decide_lean(model, ffns, wanted, restore=restore, seed=policy.recipe.seed)
+        return
+    needs_moments = restore or (policy.needs_evidence and losses is None)
+    # Every rank draws the noise of all FFNs, and so the same whatever its own are.
+    noise = {ffn.name: _noise(ffn, generator) for ffn in cut}
+    for ffn, moments in _with_moments(model, own(cut), evidence if needs_moments else None):
+        yield _decide_by_policy(
+            ffn,
+            moments,
+            policy=policy,
+            keep=widths[ffn.name],
+            restore=restore,
+            noise_2F=noise[ffn.name],
+            known=None if losses is None else losses[ffn.name],
+        )
+
+
+def _decide_by_policy(
+    ffn: Ffn,
+    moments: Moments | None,
+    *,
+    policy: Policy,
+    keep: int,
+    restore: bool,
+    noise_2F: Tensor | None,
+    known: Losses | None,
+) -> Decided:
+    """Return the rows that the policy chooses, and the contract matrix by least squares."""
+    with ffn.loaded():
         order_F = None
-        if eliminates and losses is not None:
-            order_F = losses[ffn.name].elimination.order_F
-        elif eliminates and moments is not None:
-            drops = ffn.rows - widths[ffn.name] if stops_early else None
+        if policy.needs_evidence and known is not None:
+            order_F = known.elimination.order_F
+        elif policy.needs_evidence and moments is not None:
+            # The closed form keeps the last of the order, however they lie among themselves.
+            stops_early = policy.recipe.episodes == 0 and noise_2F is None
+            drops = ffn.rows - keep if stops_early else None
             order_F = ffn_elimination_order(ffn, moments, drops=drops)
         with torch.no_grad():
             log_odds_F = policy.log_odds(ffn, order_F)
-        kept[ffn.name] = _choose(policy, log_odds_F, widths[ffn.name], generator)
+        kept_K = _choose(policy, log_odds_F, keep, noise_2F)
+        restored = None
         if restore and moments is not None:
-            restored[ffn.name] = restore_contract(
+            restored = restore_contract(
                 moments,
                 ffn.contract_weight(),
                 ffn.contract_bias(),
-                kept[ffn.name],
+                kept_K,
                 dtype=ffn.contract.parameter.dtype,
                 name=ffn.name,
             )
-    rows = {ffn.name: ffn.rows for ffn in ffns}
-    return Decision(PruningPlan(kept=kept, rows=rows, ratio=ratio), restored)
+    return ffn.name, kept_K, restored
+
+
+def _decide_lean(
+    model: nn.Module, ffns: Sequence[Ffn], widths: Mapping[str, int], *, restore: bool, seed: int
+) -> Iterator[Decided]:
+    """Walk through `ffns`, all of the model, and decide on those that have a width.
+
+    Half of the inputs are what `walk` gives for tokens that come as often as their share says, the
+    other half are Gaussian. One FFN at a time is loaded, and nothing of it stays.
+    """
+    tokens = max(INPUTS, *(ffn.expand_weights()[0].shape[1] for ffn in ffns))
+
+    def visit(ffn: Ffn, stream_TD: Tensor) -> tuple[Tensor, Decided | None]:
+        inputs = [stream_TD]
+        if ffn.name in widths:
+            noise = torch.Generator().manual_seed(seed)
+            size = (tokens - len(stream_TD), stream_TD.shape[1])
+            inputs.append(torch.randn(size, generator=noise, device="cpu"))
+        behind_norm = (normed(ffn, states_TD.to(ffn.device)) for states_TD in inputs)
+        units_FT = read_units(model, ffn, *behind_norm)
+        output_TD = ffn_output(ffn, units_FT[:, : len(stream_TD)])
+        if ffn.name not in widths:
+            return output_TD, None
+        kept_K = choose_rows(ffn, units_FT, keep=widths[ffn.name])
+        restored = restore_units(ffn, units_FT, kept_K=kept_K) if restore else None
+        return output_TD, (ffn.name, kept_K, restored)
+
+    return walk(model, widths, visit, tokens=tokens // 2, seed=seed, stratified=True)
 
 
 def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> None:
@@ -106,6 +233,10 @@ def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> Non
                     bias_D.copy_(new.bias_D)
 
 
+def _cut(ffns: Sequence[Ffn], widths: Mapping[str, int]) -> list[Ffn]:
+    return [ffn for ffn in ffns if widths[ffn.name] < ffn.rows]
+
+
 def _with_moments(
     model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence | None
 ) -> Iterator[tuple[Ffn, Moments | None]]:
@@ -115,12 +246,15 @@ def _with_moments(
         yield from evidence.moments(model, ffns)
 
 
-def _choose(
-    policy: Policy, log_odds_F: Tensor, keep: int, generator: torch.Generator | None
-) -> Tensor:
-    """Return the kept rows: drawn where there is a generator, else the preferred ones."""
-    if generator is None:
+def _noise(ffn: Ffn, generator: torch.Generator | None) -> Tensor | None:
+    """Return the noise `(2, F)` of a draw of rows, None where the preferred ones are taken."""
+    return None if generator is None else uniform_noise((2, ffn.rows), generator=generator)
+
+
+def _choose(policy: Policy, log_odds_F: Tensor, keep: int, noise_2F: Tensor | None) -> Tensor:
+    """Return the kept rows: drawn where there is noise, else the preferred ones."""
+    if noise_2F is None:
         return best_rows(log_odds_F, keep=keep).cpu()
     if policy.recipe.method == "prunenet":
-        log_odds_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
-    return draw_rows(log_odds_F, keep=keep, draws=1, generator=generator)[0].sort().values.cpu()
+        log_odds_F = logsigmoid(noisy_log_odds(log_odds_F, noise_2F[0]))
+    return rows_drawn_by(noise_2F[1:], log_odds_F, keep=keep)[0].sort().values.cpu()

@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from secrets import token_bytes
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Evidence:
                 too little memory for the moments of one FFN.
             InvalidArgumentError: If the model cannot read the tokens given.
         """
-        checksum = _checksum(model)
+        on_disk = any(parameter.is_meta for parameter in model.parameters())
+        checksum = token_bytes() if on_disk else _checksum(model)  # what may change is not known
         if checksum != self._checksum:
             self._checksum, self._inputs, self._seen = checksum, {}, {}
         if all(ffn.name in self._seen for ffn in ffns):
@@ -99,11 +101,17 @@ class Evidence:
     def _find_inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the model is to read, nothing where weights alone are looked at."""
         kind = self._kind
+        on_disk = any(parameter.is_meta for parameter in model.parameters())
+        if kind == "weights" or (kind == "auto" and (on_disk or not can_write(model))):
+            return {}
+        if on_disk:
+            raise UnsupportedModelError(
+                "a checkpoint on disk is not run, so it cannot write or read text. Use "
+                "`evidence='weights'`, or load the model with its weights."
+            )
         if isinstance(kind, Tensor):
             _check_tokens(model, kind)
             return {"input_ids": kind}
-        if kind == "weights" or (kind == "auto" and not can_write(model)):
-            return {}
         if not can_write(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not generate text, so it cannot write its own "
@@ -192,7 +200,7 @@ def _take_little(ffns: Sequence[Ffn]) -> bool:
     """Tell whether the moments of `ffns` may be remembered."""
     needed: dict[torch.device, int] = defaultdict(int)
     for ffn in ffns:
-        needed[ffn.contract.parameter.device] += moments_bytes(ffn)
+        needed[ffn.device] += moments_bytes(ffn)
     return all(size <= _REMEMBERED * memory_left(device) for device, size in needed.items())
 
 
@@ -204,7 +212,7 @@ def _groups(ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
     """
     most: dict[torch.device, Ffn] = {}
     for ffn in ffns:
-        device = ffn.contract.parameter.device
+        device = ffn.device
         most[device] = max(ffn, most.get(device, ffn), key=moments_bytes)
     spare: dict[torch.device, float] = {}
     for device, ffn in most.items():
@@ -215,7 +223,7 @@ def _groups(ffns: Sequence[Ffn]) -> Iterator[list[Ffn]]:
     group: list[Ffn] = []
     left = dict(spare)
     for ffn in ffns:
-        device, size = ffn.contract.parameter.device, moments_bytes(ffn)
+        device, size = ffn.device, moments_bytes(ffn)
         if group and left[device] < size:
             yield group
             group, left = [], dict(spare)

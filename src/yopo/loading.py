@@ -35,6 +35,23 @@ def load(source: str | Path, **kwargs: Any) -> Any:
     Example:
         >>> model = yopo.load("llama-pruned", dtype="auto")  # doctest: +SKIP
     """
+    _, model_class, widths = read_config(source)
+    if not widths:
+        return model_class.from_pretrained(source, **kwargs)
+    model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
+    model.__class__ = model_class
+    return model
+
+
+def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
+    """Return the config of a model, its class, and the widths that no config field expresses.
+
+    Args:
+        source: As for `load`.
+
+    Raises:
+        InvalidArgumentError: If the folder holds no config, or names no class of transformers.
+    """
     import transformers
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -47,12 +64,41 @@ def load(source: str | Path, **kwargs: Any) -> Any:
             f"the config of `{source}` names the architecture {names[0]!r}, which transformers "
             "does not have."
         )
-    widths = getattr(config, WIDTHS_KEY, None)
-    if not widths:
-        return model_class.from_pretrained(source, **kwargs)
-    model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
+    return config, model_class, getattr(config, WIDTHS_KEY, None) or {}
+
+
+def build_on_meta(
+    config: Any, model_class: Any, widths: dict[str, int], *, dtype: torch.dtype
+) -> Any:
+    """Return a model without weights, on the meta device, unequal widths and all.
+
+    Args:
+        config: Its config.
+        model_class: Its class.
+        widths: Rows of FFNs that no config field expresses, by name.
+        dtype: Dtype of its parameters.
+    """
+    built = _resized_class(model_class, widths) if widths else model_class
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = built._from_config(config, dtype=dtype)
     model.__class__ = model_class
-    return model
+    _fill_buffers(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill_buffers(model: Any) -> None:
+    """Give a model on the meta device the buffers that no checkpoint holds, filled by its class.
+
+    Parameters are on the meta device, where filling them does nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for module in model.modules():
+            empty = [name for name, buffer in module._buffers.items() if buffer is not None]
+            for name in empty:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            if empty:
+                model._init_weights(module)
 
 
 def _resized_class(model_class: type[nn.Module], widths: dict[str, int]) -> Any:

@@ -48,7 +48,7 @@ def too_little_memory(ffn: Ffn) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"`{ffn.name}` has {ffn.rows} rows, whose second moments take {needed:.1f} GiB, and the "
         f"work on them several times that: more than is left on "
-        f"`{ffn.contract.parameter.device}`. Move the model to a device with more memory, such "
+        f"`{ffn.device}`. Move the model to a device with more memory, such "
         "as `model.to('cpu')`, or use `reward='spectral', restore=False`, which needs no moments."
     )
 

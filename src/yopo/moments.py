@@ -103,7 +103,7 @@ class MomentSums:
     @classmethod
     def zeros(cls, ffn: Ffn) -> Self:
         """Return empty sums for the hidden units of `ffn`, where its weights lie."""
-        device = ffn.contract.parameter.device
+        device = ffn.device
         first_F = torch.zeros(ffn.rows, dtype=torch.float64, device=device)
         return cls(first_F.new_zeros(ffn.rows, ffn.rows), first_F)
 

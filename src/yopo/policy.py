@@ -25,7 +25,7 @@ _START = 4.0
 class Recipe:
     """Say how a policy is trained and used. `PolicyPruner` documents each field."""
 
-    method: Literal["features", "prunenet"]
+    method: Literal["features", "prunenet", "lean"]
     ratio: float
     episodes: int
     learning_rate: float
@@ -46,9 +46,9 @@ class Recipe:
         Raises:
             InvalidArgumentError: If one is outside its range.
         """
-        if self.method not in ("features", "prunenet"):
+        if self.method not in ("features", "prunenet", "lean"):
             raise InvalidArgumentError(
-                f'`method` must be "features" or "prunenet", got {self.method!r}.'
+                f'`method` must be "features", "prunenet" or "lean", got {self.method!r}.'
             )
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
         check_multiple_of(self.multiple_of)
@@ -62,7 +62,7 @@ class Recipe:
                 f'`evidence` must be "auto", "self", "weights" or token ids, got {self.evidence!r}.'
             )
         _check_integer("episodes", self.episodes, 1 if self.reward == "spectral" else 0)
-        _check_integer("samples", self.samples, 1 if self.method == "prunenet" else 2)
+        _check_integer("samples", self.samples, 2 if self.method == "features" else 1)
         _check_integer("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise InvalidArgumentError(f"`seed` must be below 2**63, got {self.seed}.")
@@ -81,16 +81,41 @@ class Recipe:
             raise InvalidArgumentError(
                 f'`allocation` must be "uniform" or "adaptive", got {self.allocation!r}.'
             )
+        if self.method == "lean":
+            self._check_lean()
         if self.allocation == "adaptive" and not self.needs_evidence:
             raise InvalidArgumentError(
                 '`allocation="adaptive"` weighs what the output of FFNs loses, of which the '
                 'spectral reward knows nothing: use `reward="output"`, or `allocation="uniform"`.'
             )
 
+    def _check_lean(self) -> None:
+        if self.episodes != 0:
+            raise InvalidArgumentError(
+                f"`episodes` must be 0 for the lean recipe, which learns nothing, got "
+                f"{self.episodes!r}."
+            )
+        if self.evidence != "weights":
+            raise InvalidArgumentError(
+                '`evidence` must be "weights" for the lean recipe, which knows nothing else, got '
+                f"{self.evidence!r}."
+            )
+        if self.allocation == "adaptive":
+            raise InvalidArgumentError(
+                '`allocation="adaptive"` compares what all FFNs lose before it cuts any, which the '
+                "lean recipe, one FFN at a time, cannot: use `PolicyPruner()`, or "
+                '`allocation="uniform"`.'
+            )
+
     @property
     def needs_evidence(self) -> bool:
-        """Tell whether scores depend on the hidden units, not on the weights alone."""
+        """Tell whether scores depend on moments of the hidden units, not on the weights alone."""
         return self.method == "features" and self.reward != "spectral"
+
+    @property
+    def reads_text(self) -> bool:
+        """Tell whether rows or contract matrices depend on text that the model writes or reads."""
+        return self.evidence != "weights" and (self.restore or self.needs_evidence)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +124,8 @@ class Policy:
 
     Attributes:
         recipe: How it was trained.
-        tensors: `{"weights_P"}` for features; `{"vector_D", "constant"}` for PruneNet.
+        tensors: `{"weights_P"}` for features; `{"vector_D", "constant"}` for PruneNet; none for the
+            lean recipe, which scores nothing: `yopo.lean` chooses the rows.
     """
 
     recipe: Recipe
@@ -112,6 +138,8 @@ class Policy:
         It follows greedy elimination, in closed form; with the spectral reward, which elimination
         knows nothing of, all rows are alike to it.
         """
+        if recipe.method == "lean":
+            return cls(recipe, {})
         weights_P = torch.zeros(len(FEATURES), dtype=torch.float32, device="cpu")
         if recipe.needs_evidence:
             weights_P[FEATURES.index("elimination")] = _START
@@ -119,7 +147,7 @@ class Policy:
 
     @property
     def needs_evidence(self) -> bool:
-        """Tell whether scores depend on the hidden units, not on the weights alone."""
+        """Tell whether scores depend on moments of the hidden units, not on the weights alone."""
         return self.recipe.needs_evidence
 
     def log_odds(self, ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
@@ -194,14 +222,14 @@ def _check_tensors(
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "features": {"weights_P": (len(FEATURES),)},
         "prunenet": {"vector_D": (width,), "constant": ()},
+        "lean": {},
     }
     wanted = shapes[recipe.method]
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted or not all(
         tensor.is_floating_point() and torch.isfinite(tensor).all() for tensor in tensors.values()
     ):
-        raise PolicyFileError(
-            f"`{path}` holds a damaged policy: it needs finite {', '.join(sorted(wanted))}."
-        )
+        needed = f"finite {', '.join(sorted(wanted))}" if wanted else "no tensors"
+        raise PolicyFileError(f"`{path}` holds a damaged policy: it needs {needed}.")
 
 
 def _is_number(value: object) -> bool:

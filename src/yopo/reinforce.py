@@ -5,19 +5,19 @@ Shapes: L layers, F rows, D columns, K kept rows, M draws, P features.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
 from yopo.errors import InvalidArgumentError
 from yopo.features import row_features
+from yopo.parallel import map_on_threads, on_one_thread
 from yopo.policy import Policy, Recipe
-from yopo.reward import PERFECT, Reward, discounted, spectral_reward
+from yopo.ranks import gather, own
+from yopo.reward import PERFECT, Reward
 from yopo.sampling import best_rows, draw_log_probability, draw_rows
-from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
-from yopo.spectrum import Spectrum
 
 _SPREAD = 0.5
 """Standard deviation of the weights of policies that are drawn, around the present ones."""
@@ -67,7 +67,8 @@ def learn(
         reward: Tells what draws earn in each FFN: the inverse of a distance.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    layers = [(row_features(ffn), widths[ffn.name]) for ffn in ffns]
+    features = gather(map_on_threads(_loaded_features, own(ffns)))
+    layers = [(found, widths[ffn.name]) for found, ffn in zip(features, ffns, strict=True)]
     weights_P = nn.Parameter(Policy.at_start(recipe).tensors["weights_P"].clone())
     optimizer = torch.optim.AdamW([weights_P], lr=recipe.learning_rate, weight_decay=0.0)
     best = (float("inf"), weights_P.detach().clone())
@@ -89,7 +90,9 @@ def learn(
             for logits_F, (_, keep) in zip(logits, layers, strict=True)
         ]
         reward_LM = earned(drawn, _preferred(weights_P, layers))
-        losses, gradient_LP = _gradients_of(weights_P, logits, drawn, reward_LM, recipe.discount)
+        losses, gradient_LP = on_one_thread(
+            partial(_gradients_of, weights_P, logits, drawn, reward_LM, recipe.discount)
+        )
         weights_P.grad = gradient_LP.mean(dim=0)
         nn.utils.clip_grad_norm_([weights_P], 1.0)
         optimizer.step()
@@ -169,6 +172,11 @@ def explore(
         yield episode, Policy(recipe, {"weights_P": best[1]})
 
 
+def _loaded_features(ffn: Ffn) -> Tensor:
+    with ffn.loaded():
+        return row_features(ffn)
+
+
 def _preferred(weights_P: Tensor, layers: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
     """Return the rows `(1, K)` that a policy prefers in each FFN."""
     return [
@@ -212,58 +220,6 @@ def _distances(reward: Tensor) -> Tensor:
     return torch.where(reward == PERFECT, 0.0, 1.0 / reward)
 
 
-@torch.inference_mode(False)
-def learn_as_published(
-    ffns: Sequence[Ffn], recipe: Recipe, widths: Mapping[str, int]
-) -> Iterator[tuple[Episode, Policy]]:
-    """Train PruneNet's policy as its reference code does, and yield it after each episode.
-
-    The reference is LCS2-IIITD/PruneNet, experiments/prunenet.py.
-
-    Kept on purpose: one draw an episode, no baseline, the sum of log keep probabilities instead of
-    the log-probability of the draw, other noise in the loss than in the draw, one AdamW step a
-    layer, no clipping that acts, and the last policy rather than the best. Left out because it
-    changes nothing but the cost: the copies of the model, the singular vectors, the product with a
-    matrix of rank one. Log-odds replace probabilities, so that log(0) cannot happen.
-    """
-    device = ffns[0].contract.parameter.device
-    generator = torch.Generator().manual_seed(recipe.seed)
-    weights = [ffn.expand_weights()[0] for ffn in ffns]
-    spectra = [Spectrum.of(weight_FD) for weight_FD in weights]
-    scorer = PruneNetScorer(weights[0].shape[1], weights[0].shape[0], generator=generator)
-    scorer.to(device)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=recipe.learning_rate)
-    for number in range(recipe.episodes):
-        kept, earned, distances = [], [], []
-        for ffn, weight_FD, spectrum in zip(ffns, weights, spectra, strict=True):
-            with torch.no_grad():
-                noisy_F = noisy_log_odds(scorer(weight_FD.float()), generator=generator)
-            drawn_1K = draw_rows(
-                logsigmoid(noisy_F), keep=widths[ffn.name], draws=1, generator=generator
-            )
-            reward_1, ks_1 = spectral_reward(spectrum, drawn_1K.sort().values)
-            kept.append(drawn_1K[0])
-            earned.append(reward_1[0].cpu())  # layers may lie on different devices
-            distances.append(float(ks_1))
-        returns_L = discounted(torch.stack(earned), recipe.discount)
-        losses, norms = [], []
-        for weight_FD, kept_K, value in zip(weights, kept, returns_L.tolist(), strict=True):
-            log_odds_F = scorer(weight_FD.float())
-            log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, generator=generator))
-            loss = -log_keep_F[kept_K].sum() * value
-            losses.append(loss.item())
-            if recipe.kl:
-                loss = loss + kl_to_fair_coin(log_odds_F)
-            optimizer.zero_grad()
-            loss.backward()
-            norms.append(float(nn.utils.get_total_norm(_gradients(scorer))))
-            optimizer.step()
-        rewards = [float(reward) for reward in earned]
-        vector_D, constant = (value.detach().clone() for value in scorer.collapsed())
-        episode = Episode(number, *map(tuple, (losses, rewards, norms, distances)))
-        yield episode, Policy(recipe, {"vector_D": vector_D, "constant": constant})
-
-
 def leave_one_out(reward_M: Tensor) -> Tensor:
     """Return advantages `(M,)`: rewards minus the mean of the others, divided by their spread.
 
@@ -274,7 +230,3 @@ def leave_one_out(reward_M: Tensor) -> Tensor:
     count = len(reward_M)
     advantage_M = (reward_M - reward_M.mean()) * count / (count - 1)
     return advantage_M / reward_M.std().clamp_min(1e-12)
-
-
-def _gradients(module: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

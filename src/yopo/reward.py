@@ -10,7 +10,8 @@ from torch import Tensor
 
 from yopo.adapters import Ffn
 from yopo.moments import Moments
-from yopo.spectrum import Spectrum, ks_distance
+from yopo.ranks import gather, own
+from yopo.spectrum import spectra_of, spectral_distances
 
 Reward = Callable[[Mapping[str, Tensor]], Tensor]
 """From draws of kept rows `(M, K)`, by FFN, to what they earn: `(M,)`, or `(L, M)` by FFN."""
@@ -20,40 +21,47 @@ PERFECT = 99999.0
 
 
 def spectral_rewards(ffns: Sequence[Ffn]) -> Reward:
-    """Return what earns the published reward, each FFN its own."""
-    spectra = {ffn.name: Spectrum.of(ffn.expand_weights()[0]) for ffn in ffns}
+    """Return what earns the published reward, each FFN its own.
+
+    Where several ranks work together, each looks at its own FFNs.
+    """
+    spectra = spectra_of([ffn.gate for ffn in own(ffns)], keep_grams=not ffns[0].is_on_disk)
 
     def reward(kept: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack(
-            [spectral_reward(spectra[name], kept_MK)[0].cpu() for name, kept_MK in kept.items()]
-        )
+        found_LM = spectral_distances(spectra, own(list(kept.values())))
+        return spectral_reward(torch.stack(gather(list(found_LM))))
 
     return reward
 
 
 def output_rewards(ffns: Sequence[Ffn], moments: Mapping[str, Moments]) -> Reward:
-    """Return what earns -log of the output error after restoring, each FFN its own."""
+    """Return what earns -log of the output error after restoring, each FFN its own.
+
+    Where several ranks work together, each looks at its own FFNs.
+
+    Args:
+        ffns: All that rows are drawn of.
+        moments: What is known of this rank's own, by name.
+    """
     parts = {
         ffn.name: (moments[ffn.name].behind(ffn.contract_bias()), ffn.contract_weight())
-        for ffn in ffns
+        for ffn in own(ffns)
     }
 
     def reward(kept: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack(
-            [output_reward(*parts[name], kept_MK).cpu() for name, kept_MK in kept.items()]
-        )
+        found = [output_reward(*part, kept[name]).cpu() for name, part in parts.items()]
+        return torch.stack(gather(found))
 
     return reward
 
 
-def spectral_reward(spectrum: Spectrum, kept_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the published reward and the distance behind it, each `(M,)` in float64.
+def spectral_reward(ks: Tensor) -> Tensor:
+    """Return the published reward of Kolmogorov-Smirnov distances, of any shape.
 
-    The reward is 1 / KS, with KS in [0, 1] the Kolmogorov-Smirnov distance between the singular
-    values of the matrix and of its kept rows (arXiv 2501.15296, eq. 4), and 99999 at KS 0.
+    The reward is 1 / KS, with KS in [0, 1] the distance between the singular values of the matrix
+    and of its kept rows (arXiv 2501.15296, eq. 4), and 99999 at KS 0.
     """
-    ks_M = ks_distance(spectrum.singular_values_S, spectrum.of_rows(kept_MK))
-    return torch.where(ks_M > 0, 1.0 / ks_M, PERFECT), ks_M
+    return torch.where(ks > 0, 1.0 / ks, PERFECT)
 
 
 def output_reward(second_FF: Tensor, contract_FD: Tensor, kept_MK: Tensor) -> Tensor:

@@ -21,11 +21,26 @@ def draw_rows(logits_F: Tensor, *, keep: int, draws: int, generator: torch.Gener
         draws: How many independent draws, M.
         generator: Source of the noise, on any device.
     """
-    noise_MF = torch.rand(
-        draws, len(logits_F), generator=generator, device=generator.device, dtype=torch.float64
-    )
-    gumbel_MF = -torch.log(-torch.log(noise_MF.clamp_min(torch.finfo(torch.float64).tiny)))
-    return (logits_F.detach().double() + gumbel_MF.to(logits_F.device)).topk(keep, dim=1).indices
+    uniform_MF = uniform_noise((draws, len(logits_F)), generator=generator)
+    return rows_drawn_by(uniform_MF, logits_F, keep=keep)
+
+
+def uniform_noise(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+    """Return noise uniform in (0, 1), float64, on the generator's device."""
+    noise = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return noise.clamp_min_(torch.finfo(torch.float64).tiny)
+
+
+def rows_drawn_by(uniform_MF: Tensor, logits_F: Tensor, *, keep: int) -> Tensor:
+    """Return the rows `(M, K)` that given noise, uniform in (0, 1), draws without replacement.
+
+    Args:
+        uniform_MF: The noise of each draw.
+        logits_F: Log-weights of the rows.
+        keep: How many rows to draw, K in [1, F].
+    """
+    gumbel_MF = -torch.log(-torch.log(uniform_MF)).to(logits_F.device)
+    return (logits_F.detach().double() + gumbel_MF).topk(keep, dim=1).indices
 
 
 def best_rows(logits_F: Tensor, *, keep: int) -> Tensor:

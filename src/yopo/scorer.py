@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from yopo.sampling import uniform_noise
+
 
 class PruneNetScorer(nn.Module):
     """Score rows of width D as published (arXiv 2501.15296), at the cost of two products.
@@ -34,13 +36,40 @@ class PruneNetScorer(nn.Module):
                 shape, generator=generator, device=generator.device, dtype=torch.float32
             )
 
-        self.weight_ND = nn.Parameter((2 * uniform(hidden, columns) - 1) * bound)
-        self.bias_N = nn.Parameter((2 * uniform(hidden) - 1) * bound)
+        self.weight_ND = nn.Parameter(uniform(hidden, columns).mul_(2).sub_(1).mul_(bound))
+        self.bias_N = nn.Parameter(uniform(hidden).mul_(2).sub_(1).mul_(bound))
         self.row_vector_N = nn.Parameter(uniform(hidden))
 
     def collapsed(self) -> tuple[Tensor, Tensor]:
         """Return v `(D,)` and c, differentiable."""
         return self.row_vector_N @ self.weight_ND, self.row_vector_N @ self.bias_N
+
+    @torch.no_grad()
+    def set_gradients(self, vector_D: Tensor, constant: Tensor) -> float:
+        """Set the gradients of A, b and s to what those of v and c make them; return their norm.
+
+        They are s ⊗ ∂v, s ∂c and A ∂v + b ∂c: written into the tensors that hold them, since
+        memory that is as large as A and new in each step costs as much as the step.
+
+        Args:
+            vector_D: Gradient of v.
+            constant: Gradient of c, a scalar.
+        """
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        device = self.row_vector_N.device
+        vector_D, constant = vector_D.to(device), constant.to(device)
+        weight_ND, bias_N, row_vector_N = (parameter.grad for parameter in self.parameters())
+        assert weight_ND is not None
+        assert bias_N is not None
+        assert row_vector_N is not None
+        torch.outer(self.row_vector_N, vector_D, out=weight_ND)
+        torch.mul(self.row_vector_N, constant, out=bias_N)
+        torch.addmv(self.bias_N * constant, self.weight_ND, vector_D, out=row_vector_N)
+        length = self.row_vector_N.norm()
+        norms = [length * vector_D.norm(), length * constant, row_vector_N.norm()]
+        return float(torch.stack(norms).norm())
 
     def forward(self, weight_FD: Tensor) -> Tensor:
         """Return the log-odds `(F,)` of keeping each row of `weight_FD`, on its device."""
@@ -63,9 +92,7 @@ def noisy_log_odds(
     """
     if uniform_F is None:
         assert generator is not None
-        uniform_F = torch.rand(
-            log_odds_F.shape, generator=generator, device=generator.device, dtype=torch.float64
-        ).clamp_min(torch.finfo(torch.float64).tiny)
+        uniform_F = uniform_noise(log_odds_F.shape, generator=generator)
     uniform_F = uniform_F.to(log_odds_F.device)
     return log_odds_F + torch.logit(uniform_F).to(log_odds_F.dtype)
 

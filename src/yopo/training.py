@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from yopo.adapters import Ffn
 from yopo.divergence import Divergence
 from yopo.elimination import ffn_elimination_order
-from yopo.errors import InvalidArgumentError, PolicyMismatchError
+from yopo.errors import InvalidArgumentError, PolicyMismatchError, UnsupportedModelError
 from yopo.evidence import Evidence
 from yopo.plan import plan_widths
 from yopo.policy import Policy, Recipe
-from yopo.reinforce import Episode, explore, learn, learn_as_published
+from yopo.published import learn_as_published
+from yopo.ranks import check_agreement, gather, own
+from yopo.reinforce import Episode, explore, learn
 from yopo.reward import Reward, output_rewards, spectral_rewards
 
 ModelReward = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -41,7 +43,9 @@ def train(
         own_reward: The reward where it is the caller's own.
 
     Raises:
-        InvalidArgumentError: If the ratio keeps no row, or a reward of the caller's is missing.
+        InvalidArgumentError: If the ratio keeps no row, a reward of the caller's is missing, or
+            ranks differ in what they train.
+        UnsupportedModelError: If the weights are on a disk and the reward has to run the model.
         PolicyMismatchError: If the method needs rows of one width and the model has several.
     """
     if recipe.reward == "custom" and own_reward is None:
@@ -49,9 +53,15 @@ def train(
             "the policy was trained with a reward function, which its files do not hold: make a "
             "new `PolicyPruner` with it as `reward`."
         )
+    if recipe.episodes and recipe.reward != "spectral" and ffns[0].is_on_disk:
+        raise UnsupportedModelError(
+            f"`reward={recipe.reward!r}` looks at hidden units, but a checkpoint on disk is not "
+            "run. Load the model with its weights, or use `reward='spectral'` or `episodes=0`."
+        )
     if recipe.method == "prunenet":
         _check_one_width(ffns)
     widths = plan_widths(ffns, recipe.ratio, multiple_of=recipe.multiple_of)
+    check_agreement("fit", recipe, [(ffn.name, ffn.rows) for ffn in ffns])
     return _with_progress(
         _episodes(model, ffns, recipe, widths, evidence, own_reward), recipe.episodes
     )
@@ -71,8 +81,11 @@ def _episodes(
     if recipe.reward == "spectral":
         yield from learn(ffns, recipe, widths, spectral_rewards(ffns))
         return
-    moments = {ffn.name: found for ffn, found in evidence.moments(model, ffns)}
-    orders = {ffn.name: ffn_elimination_order(ffn, moments[ffn.name]) for ffn in ffns}
+    # A reward of the whole model is every rank's own; one of each FFN is shared out.
+    at_hand = own(ffns) if recipe.reward == "output" else ffns
+    moments = {ffn.name: found for ffn, found in evidence.moments(model, at_hand)}
+    order_LF = gather([ffn_elimination_order(ffn, moments[ffn.name]).cpu() for ffn in own(ffns)])
+    orders = dict(zip((ffn.name for ffn in ffns), order_LF, strict=True))
     if own_reward is not None:
         reward: Reward = partial(own_reward, model)
     elif recipe.reward == "divergence":
@@ -84,12 +97,15 @@ def _episodes(
 
 def _check_one_width(ffns: Sequence[Ffn]) -> None:
     """Check that the published scorer, a vector of one width, fits every FFN."""
-    first = ffns[0].expand_weights()[0].shape[1]
+    widths = []
     for ffn in ffns:
-        if (width := ffn.expand_weights()[0].shape[1]) != first:
+        with ffn.gate() as gate_FD:
+            widths.append(gate_FD.shape[1])
+    for ffn, width in zip(ffns, widths, strict=True):
+        if width != widths[0]:
             raise PolicyMismatchError(
                 f"the published policy scores rows of one width, but `{ffns[0].name}` has width "
-                f"{first} and `{ffn.name}` {width}. Use `PolicyPruner()`."
+                f"{widths[0]} and `{ffn.name}` {width}. Use `PolicyPruner()`."
             )
 
 

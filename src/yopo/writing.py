@@ -8,12 +8,14 @@ Shapes: N sequences, W tokens a sequence, B tokens of a block, V vocabulary.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from yopo.errors import UnsupportedModelError, YopoError
+
+Piece = TypeVar("Piece")
 
 SEQUENCES, LENGTH = 128, 256
 """How much text a model writes: sequences, and tokens in each."""
@@ -264,11 +266,13 @@ def split_into(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def with_progress(batches: Iterable[int], verb: str) -> Iterable[int]:
-    """Return `batches` under the progress bar of transformers, which users can switch off."""
+def with_progress(
+    pieces: Iterable[Piece], verb: str, *, total: int | None = None, unit: str = "batch"
+) -> Iterable[Piece]:
+    """Return `pieces` under the progress bar of transformers, which users can switch off."""
     from transformers.utils.logging import tqdm
 
-    shown: Iterable[int] = tqdm(batches, desc=verb, unit="batch")
+    shown: Iterable[Piece] = tqdm(pieces, desc=verb, total=total, unit=unit)
     return shown
 
 

@@ -13,8 +13,8 @@ from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 from yopo.evaluation import perplexity
 from yopo.moments import read_moments
-from yopo.reward import output_reward, spectral_reward
-from yopo.spectrum import Spectrum
+from yopo.reward import output_reward
+from yopo.spectrum import spectra_of, spectral_distances
 
 RATIO = 0.3
 
@@ -43,10 +43,9 @@ def left_by(dense, tokens, plan):
 
 
 def mean_ks(model, plan):
-    return statistics.fmean(
-        float(spectral_reward(Spectrum.of(f.expand_weights()[0]), plan.kept[f.name][None])[1])
-        for f in yopo.find_ffns(model)
-    )
+    ffns = yopo.find_ffns(model)
+    spectra = spectra_of([ffn.gate for ffn in ffns])
+    return float(spectral_distances(spectra, [plan.kept[ffn.name][None] for ffn in ffns]).mean())
 
 
 def test_fit_prune_save_reload_and_generate(dense, pruner, tokens, tmp_path):
@@ -80,6 +79,28 @@ def test_the_default_loses_a_fraction_of_what_every_baseline_loses(dense, pruner
     start = perplexity(dense, tokens)
     for name, value in baselines.items():
         assert perplexity(ours, tokens) - start < 0.1 * (value - start), name
+
+
+def test_the_lean_recipe_loses_a_fraction_of_what_random_rows_lose(dense, tokens, tmp_path):
+    pruner = yopo.PolicyPruner.lean(ratio=RATIO).fit(dense)
+    pruner.save_policy(tmp_path)
+    ours = pruner.prune(copy.deepcopy(dense))
+    again = yopo.PolicyPruner.from_policy(tmp_path).prune(copy.deepcopy(dense))
+    for one, same in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, same)
+    plain = yopo.PolicyPruner.lean(ratio=RATIO, restore=False).fit(dense)
+    start = perplexity(dense, tokens)
+    lost, unrestored = (
+        perplexity(model, tokens) - start for model in (ours, plain.prune(copy.deepcopy(dense)))
+    )
+    random = [
+        left_by(
+            dense, tokens, yopo.plan_by_criterion(dense, RATIO, criterion=criteria.random_rows(s))
+        )
+        for s in range(3)
+    ]
+    assert lost < 0.3 * (min(random) - start)
+    assert lost < unrestored
 
 
 def test_the_policy_learns_the_published_reward(dense):

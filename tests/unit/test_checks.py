@@ -43,7 +43,7 @@ def process_group():
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("model", [None, "gpt2", 3, nn.Linear(2, 2), nn.Sequential()], ids=repr)
+@pytest.mark.parametrize("model", [None, 3, nn.Linear(2, 2), nn.Sequential()], ids=repr)
 def test_what_is_no_model_of_transformers_is_named(model):
     told = refusal(model)
     assert told.startswith(f"yopo prunes models of transformers, got a {type(model).__name__}")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -66,6 +68,10 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
         (["info", "{folder}"], "config.json"),
+        (["bench", "{folder}"], "{folder}` holds no model"),
+        (["bench", "{model}", "--repeats", "0"], "`repeats` must be a positive integer, got 0"),
+        (["bench", "{model}", "--json", "{new}/speed.json"], "a folder that does not exist"),
+        (["bench", "{model}", "--device", "nowhere"], "`device` must be one of"),
     ],
 )
 def test_what_goes_wrong_is_said_in_one_line_and_nothing_is_written(
@@ -119,3 +125,24 @@ def test_a_policy_prunes_at_the_ratio_it_was_trained_at(saved, tmp_path, capsys)
     assert main(["fit", saved, "--output", policy, *spectral]) == 0
     assert main(["prune", saved, "--output", output, "--policy", policy]) == 0
     assert "Removed 80 of 160 FFN rows" in capsys.readouterr().out
+
+
+def test_a_bench_prints_a_table_of_both_models_and_writes_the_figures(
+    saved, tiny_model, tmp_path, capsys, monkeypatch
+):
+    for name in ("PRODUCT_ON_CPU", "READ"):
+        monkeypatch.setattr(f"yopo.speed.machine.{name}", (64, 64))
+    pruned, figures = tmp_path / "pruned", tmp_path / "speed.json"
+    tiny_model("llama", intermediate_size=56).save_pretrained(pruned)
+    lengths = ["--batch", "2", "--prompt", "8", "--new-tokens", "3", "--repeats", "2"]
+    placed = ["--dtype", "bfloat16", "--device", "cpu", "--json", str(figures)]
+    assert main(["bench", str(pruned), "--against", saved, *lengths, *placed]) == 0
+    printed = capsys.readouterr().out
+    assert "Batch 2, prompt 8, 3 new tokens, 2 repeats." in printed
+    assert "prefill, tokens/s" in printed
+    found = json.loads(figures.read_text("utf-8"))
+    assert (found["model"]["name"], found["against"]["name"]) == (str(pruned), saved)
+    assert found["model"]["dtype"] == "bfloat16"
+    assert found["against"]["parameters"] == yopo.load(saved).num_parameters()
+    assert len(found["model"]["decode"]) == 2
+    assert found["speed_up_bound"]["decode"] > 1

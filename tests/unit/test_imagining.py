@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, MixtralConfig, Mixtr
 
 from yopo.adapters import find_ffns
 from yopo.errors import UnsupportedModelError
-from yopo.imagining import imagine_moments
+from yopo.imagining import imagine_moments, walk
 from yopo.moments import read_moments
 
 TOKENS = 20_000
@@ -146,3 +146,102 @@ def test_an_unknown_activation_is_named(tiny_model):
     del model.model.layers[1].mlp.act_fn
     with pytest.raises(UnsupportedModelError, match=r"activation of `model.layers.1.mlp`"):
         imagine_moments(model, ffns, tokens=10, seed=0)
+
+
+KINDS = ["llama", "opt", "phi", "phi3", "gpt2", "t5", "qwen2_moe", "gpt_oss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_a_source_everything_is_imagined_as_in_memory(tiny_model, skeleton_of, kind):
+    model = tiny_model(kind)
+    skeleton = skeleton_of(model)
+    expected = imagine_moments(model, find_ffns(model), tokens=600, seed=0)
+    found = imagine_moments(skeleton, find_ffns(skeleton), tokens=600, seed=0)
+    assert found.keys() == expected.keys()
+    for name, moments in expected.items():
+        assert torch.equal(found[name].second_FF, moments.second_FF)
+        assert torch.equal(found[name].mean_F, moments.mean_F)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert skeleton_of.held <= max(len(ffn.modules) for ffn in find_ffns(skeleton))
+
+
+def test_without_embeddings_to_be_had_the_stream_is_noise(tiny_model):
+    model = tiny_model("llama")
+    model.model.embed_tokens.to("meta")
+    streams = []
+
+    def visit(ffn, stream):
+        streams.append(stream.clone())
+        return torch.zeros_like(stream), None
+
+    assert list(walk(model, ["model.layers.0.mlp"], visit, tokens=4000, seed=0)) == []
+    (stream,) = streams
+    assert stream.mean().abs() < 0.02
+    assert abs(stream.std() - 1) < 0.02
+
+
+def seen_by(model, names, *, output=1.0, **settings):
+    """Return what `walk` shows of each FFN that it visits, and what comes out of it."""
+    streams = {}
+
+    def visit(ffn, stream):
+        streams[ffn.name] = stream.clone()
+        return torch.full_like(stream, output), ffn.name if ffn.name in names else None
+
+    return streams, list(walk(model, names, visit, seed=0, **settings))
+
+
+def test_the_walk_ends_with_the_last_that_is_wanted(tiny_model):
+    model = tiny_model("llama", num_hidden_layers=4)
+    streams, found = seen_by(model, ["model.layers.0.mlp", "model.layers.2.mlp"], tokens=30)
+    assert list(streams) == [f"model.layers.{layer}.mlp" for layer in range(3)]
+    assert found == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    first, second, third = streams.values()
+    torch.testing.assert_close(second, first + 1)
+    torch.testing.assert_close(third, first + 2)
+    assert seen_by(model, [], tokens=30) == ({}, [])
+
+
+def test_ffns_of_a_layer_read_the_same_and_add_the_mean_of_the_experts(tiny_model):
+    model = tiny_model("gpt_oss")
+    last = find_ffns(model)[-1].name
+    streams, _ = seen_by(model, [last], tokens=30, output=2.0)
+    per_layer = [[s for n, s in streams.items() if f"layers.{layer}." in n] for layer in (0, 1)]
+    assert [len(layer) for layer in per_layer] == [4, 4]
+    for layer in per_layer:
+        assert all(torch.equal(stream, layer[0]) for stream in layer)
+    torch.testing.assert_close(per_layer[1][0], per_layer[0][0] + 2)
+
+
+def test_stratified_tokens_come_as_often_as_their_share_give_or_take_two(tiny_model):
+    model = tiny_model("llama", vocab_size=300)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = torch.arange(300.0)
+    shares = 1 / (torch.arange(300.0) + 100)
+    expected = 5000 * shares / shares.sum()
+    found = {}
+    for stratified in (True, False):
+        streams, _ = seen_by(model, ["model.layers.0.mlp"], tokens=5000, stratified=stratified)
+        ids = streams["model.layers.0.mlp"][:, 0].long()
+        assert not torch.equal(ids, ids.sort().values)
+        found[stratified] = (ids.bincount(minlength=300) - expected).abs().max()
+    assert found[True] < 2 + 1e-3 < found[False]
+
+
+def test_nothing_that_was_found_is_held_on_to(tiny_model):
+    class Thing:
+        alive = 0
+
+        def __init__(self):
+            Thing.alive += 1
+
+        def __del__(self):
+            Thing.alive -= 1
+
+    def visit(ffn, stream):
+        assert Thing.alive == 0
+        return torch.zeros_like(stream), Thing()
+
+    model = tiny_model("llama", num_hidden_layers=4)
+    steps = walk(model, ["model.layers.3.mlp"], visit, tokens=10, seed=0)
+    assert sum(isinstance(next(steps), Thing) for _ in range(4)) == 4

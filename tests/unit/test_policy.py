@@ -36,7 +36,14 @@ def published_policy(width=32):
     return Policy(recipe(method="prunenet", multiple_of=1, kl=True), tensors)
 
 
-POLICIES = pytest.mark.parametrize("make", [learned_policy, published_policy])
+LEAN = {"method": "lean", "episodes": 0, "samples": 1, "reward": "output", "evidence": "weights"}
+
+
+def lean_policy():
+    return Policy.at_start(recipe(**LEAN))
+
+
+POLICIES = pytest.mark.parametrize("make", [learned_policy, published_policy, lean_policy])
 
 
 @pytest.mark.parametrize(
@@ -67,9 +74,24 @@ POLICIES = pytest.mark.parametrize("make", [learned_policy, published_policy])
         ({"discount": 1.01}, "`discount` must be in (0, 1], got 1.01."),
         ({"discount": True}, "`discount` must be in (0, 1], got True."),
         ({"discount": float("nan")}, "`discount` must be in (0, 1], got nan."),
-        ({"method": "magic"}, '`method` must be "features" or "prunenet", got \'magic\'.'),
+        ({"method": "magic"}, '`method` must be "features", "prunenet" or "lean", got \'magic\'.'),
         ({"kl": 1}, "`kl` must be True or False, got 1."),
         ({"attention": "no"}, "`attention` must be True or False, got 'no'."),
+        (
+            LEAN | {"episodes": 2},
+            "`episodes` must be 0 for the lean recipe, which learns nothing, got 2.",
+        ),
+        (
+            LEAN | {"evidence": "self"},
+            '`evidence` must be "weights" for the lean recipe, which knows nothing else, got '
+            "'self'.",
+        ),
+        (
+            LEAN | {"allocation": "adaptive"},
+            '`allocation="adaptive"` compares what all FFNs lose before it cuts any, which the '
+            "lean recipe, one FFN at a time, cannot: use `PolicyPruner()`, or "
+            '`allocation="uniform"`.',
+        ),
     ],
     ids=str,
 )
@@ -224,6 +246,13 @@ def test_a_published_policy_file_with_bad_tensors_is_damaged(tmp_path, tensors):
     published_policy().save(tmp_path)
     rewrite(tmp_path, tensors=tensors)
     with pytest.raises(PolicyFileError, match=r"holds a damaged policy"):
+        Policy.load(tmp_path)
+
+
+def test_a_lean_policy_file_with_tensors_is_damaged(tmp_path):
+    lean_policy().save(tmp_path)
+    rewrite(tmp_path, tensors={"extra": torch.ones(1)})
+    with pytest.raises(PolicyFileError, match=r"holds a damaged policy: it needs no tensors\."):
         Policy.load(tmp_path)
 
 

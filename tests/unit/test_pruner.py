@@ -26,7 +26,7 @@ from yopo import (
 from yopo.criteria import norm_product, plan_by_criterion, random_rows, row_norm
 from yopo.evidence import Evidence
 from yopo.restore import restore_contract
-from yopo.spectrum import Spectrum, ks_distance
+from yopo.spectrum import spectra_of, spectral_distances
 
 TOKENS = torch.arange(8 * 24).view(8, 24) * 11 % 60 + 3
 
@@ -70,12 +70,9 @@ def unchanged(model, before):
 
 
 def mean_distance(model, plan):
-    distances = []
-    for ffn in yopo.find_ffns(model):
-        spectrum = Spectrum.of(ffn.expand_weights()[0])
-        kept = spectrum.of_rows(plan.kept[ffn.name][None])
-        distances.append(float(ks_distance(spectrum.singular_values_S, kept)))
-    return sum(distances) / len(distances)
+    ffns = yopo.find_ffns(model)
+    spectra = spectra_of([ffn.gate for ffn in ffns])
+    return float(spectral_distances(spectra, [plan.kept[ffn.name][None] for ffn in ffns]).mean())
 
 
 def test_a_fitted_pruner_prunes_in_place_to_an_ordinary_checkpoint(tiny_llama, logits, tmp_path):
@@ -98,7 +95,7 @@ def test_a_fitted_pruner_prunes_in_place_to_an_ordinary_checkpoint(tiny_llama, l
     ],
     ids=["plan", "prune", "save_policy"],
 )
-@pytest.mark.parametrize("make", [PolicyPruner, PolicyPruner.prunenet])
+@pytest.mark.parametrize("make", [PolicyPruner, PolicyPruner.prunenet, PolicyPruner.lean])
 def test_nothing_can_be_asked_of_a_pruner_before_it_has_a_policy(tiny_llama, make, call):
     model = tiny_llama()
     before = state(model)
@@ -180,17 +177,17 @@ def test_learning_from_spectra_beats_its_start_and_random_rows_and_the_best_norm
         assert learned <= closed_form + 1.01 * one_value
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: spectral(episodes=3),
-        lambda: PolicyPruner.prunenet(episodes=3),
-        lambda: PolicyPruner(episodes=3, evidence=TOKENS),
-        lambda: PolicyPruner(episodes=3, evidence="weights", reward="divergence"),
-    ],
-    ids=["spectral", "prunenet", "output", "divergence"],
-)
-class TestEveryMethod:
+LEARNED = {
+    "spectral": lambda: spectral(episodes=3),
+    "prunenet": lambda: PolicyPruner.prunenet(episodes=3),
+    "output": lambda: PolicyPruner(episodes=3, evidence=TOKENS),
+    "divergence": lambda: PolicyPruner(episodes=3, evidence="weights", reward="divergence"),
+}
+EVERY = LEARNED | {"lean": PolicyPruner.lean}
+
+
+@pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+class TestEveryMethodThatLearns:
     def test_it_keeps_a_history_of_every_layer_and_episode(self, make, tiny_llama):
         history = make().fit(tiny_llama()).history
         assert [episode.number for episode in history] == [0, 1, 2]
@@ -199,6 +196,33 @@ class TestEveryMethod:
                 assert len(values) == 2 or values == () == episode.ks
                 assert np.isfinite(values).all()
 
+    def test_ctrl_c_keeps_the_best_policy_so_far_and_warns(
+        self, make, tiny_llama, monkeypatch, caplog
+    ):
+        expected, model = make(), tiny_llama()
+        expected._recipe = copy.copy(expected._recipe)
+        object.__setattr__(expected._recipe, "episodes", 2)
+        expected.fit(model)
+        interrupt_in_episode(monkeypatch, 2)
+        pruner = make().fit(model)
+        assert pruner.history == expected.history
+        assert pruner.plan(model) == expected.plan(model)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert caplog.messages == [
+            "Interrupted after 2 of 3 episodes; the best policy so far is kept."
+        ]
+
+    def test_ctrl_c_before_an_episode_is_done_goes_through(self, make, tiny_llama, monkeypatch):
+        interrupt_in_episode(monkeypatch, 0)
+        pruner = make()
+        with pytest.raises(KeyboardInterrupt):
+            pruner.fit(tiny_llama())
+        with pytest.raises(NotFittedError):
+            pruner.plan(tiny_llama())
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+class TestEveryMethod:
     def test_it_leaves_the_model_and_the_global_generators_as_they_were(self, make, tiny_llama):
         model = tiny_llama().train()
         before = state(model)
@@ -242,30 +266,6 @@ class TestEveryMethod:
         for layer, gate, kept in zip(model.model.layers, gates, plan.kept.values(), strict=True):
             assert torch.equal(layer.mlp.gate_proj.weight, gate[kept])
 
-    def test_ctrl_c_keeps_the_best_policy_so_far_and_warns(
-        self, make, tiny_llama, monkeypatch, caplog
-    ):
-        expected, model = make(), tiny_llama()
-        expected._recipe = copy.copy(expected._recipe)
-        object.__setattr__(expected._recipe, "episodes", 2)
-        expected.fit(model)
-        interrupt_in_episode(monkeypatch, 2)
-        pruner = make().fit(model)
-        assert pruner.history == expected.history
-        assert pruner.plan(model) == expected.plan(model)
-        assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert caplog.messages == [
-            "Interrupted after 2 of 3 episodes; the best policy so far is kept."
-        ]
-
-    def test_ctrl_c_before_an_episode_is_done_goes_through(self, make, tiny_llama, monkeypatch):
-        interrupt_in_episode(monkeypatch, 0)
-        pruner = make()
-        with pytest.raises(KeyboardInterrupt):
-            pruner.fit(tiny_llama())
-        with pytest.raises(NotFittedError):
-            pruner.plan(tiny_llama())
-
     def test_rows_of_zeros_do_no_harm(self, make, tiny_llama, logits):
         model = tiny_llama()
         with torch.no_grad():
@@ -286,7 +286,7 @@ class TestEveryMethod:
 
 def interrupt_in_episode(monkeypatch, number):
     """Raise what Ctrl-C raises when an episode is all but done."""
-    from yopo import reinforce
+    from yopo import published, reinforce
 
     record = reinforce.Episode
 
@@ -296,7 +296,8 @@ def interrupt_in_episode(monkeypatch, number):
             raise KeyboardInterrupt
         return episode
 
-    monkeypatch.setattr(reinforce, "Episode", interrupted)
+    for module in (published, reinforce):
+        monkeypatch.setattr(module, "Episode", interrupted)
 
 
 def test_one_policy_serves_every_ratio_and_models_of_other_shapes(tiny_llama, tiny_opt, tmp_path):
@@ -744,3 +745,85 @@ def test_what_is_restored_lands_where_it_belongs(tiny_model, kind):
     pruner.prune(model, 0.5)
     for ffn in yopo.find_ffns(model):
         torch.testing.assert_close(ffn.contract_weight(), expected[ffn.name].contract_KD)
+
+
+def test_the_lean_recipe_learns_nothing_and_keeps_nothing(tiny_llama, logits, tmp_path):
+    pruner = PolicyPruner.lean(seed=3).fit(tiny_llama())
+    assert pruner.history == []
+    pruner.save_policy(tmp_path)
+    loaded = PolicyPruner.from_policy(tmp_path, evidence="weights")
+    other = PolicyPruner.lean(seed=4).fit(tiny_llama())
+    one, same, unlike = (each.prune(tiny_llama()) for each in (pruner, loaded, other))
+    assert torch.equal(logits(one), logits(same))
+    assert not torch.equal(logits(one), logits(unlike))
+    assert loaded.plan(tiny_llama()) == pruner.plan(tiny_llama())
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "phi3", "gpt2", "qwen2_moe", "gpt_oss", "t5"])
+def test_the_lean_recipe_cuts_and_restores_every_layout(tiny_model, logits, tmp_path, kind):
+    model = tiny_model(kind)
+    plan = PolicyPruner.lean().fit(model).plan(model, 0.4)
+    PolicyPruner.lean().fit(model).prune(model, 0.4)
+    assert {ffn.name: ffn.rows for ffn in yopo.find_ffns(model)} == plan.widths
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_lean_recipe_restores_unless_told_otherwise(tiny_llama):
+    pruned = {}
+    for restore in (True, False):
+        model = tiny_llama()
+        pruner = PolicyPruner.lean(restore=restore).fit(model)
+        kept = pruner.plan(model).kept["model.layers.1.mlp"]
+        columns = model.model.layers[1].mlp.down_proj.weight.detach()[:, kept]
+        mlp = pruner.prune(model).model.layers[1].mlp
+        pruned[restore] = mlp.up_proj.weight
+        assert torch.equal(mlp.down_proj.weight, columns) != restore
+    assert torch.equal(pruned[True], pruned[False])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ratio", 1.0), ("ratio", "0.3"), ("multiple_of", 0), ("seed", -1), ("restore", 1)],
+)
+def test_a_bad_argument_of_the_lean_recipe_is_refused_at_once_and_by_name(name, value):
+    with pytest.raises(InvalidArgumentError, match=f"^`{name}` must .*got {value!r}"):
+        PolicyPruner.lean(**{name: value})
+
+
+def test_the_lean_recipe_has_no_policy_to_draw_from(tiny_llama, monkeypatch):
+    model = tiny_llama()
+    pruner = PolicyPruner.lean().fit(model)
+    assert pruner.plan(model, sample=False) == pruner.plan(model)
+    before = state(model)
+    monkeypatch.setattr("yopo.pruner.find_ffns", None)  # nothing is looked at
+    for call in (pruner.plan, pruner.prune):
+        with pytest.raises(InvalidArgumentError, match=r"^`sample=True` draws rows from a policy"):
+            call(model, sample=True)
+    assert unchanged(model, before)
+
+
+def test_the_lean_recipe_goes_with_no_other_evidence_and_no_adaptive_widths(tiny_llama, tmp_path):
+    PolicyPruner.lean().fit(tiny_llama()).save_policy(tmp_path)
+    for evidence, told in (("self", "'self'"), (TOKENS, "'tokens'")):
+        with pytest.raises(InvalidArgumentError, match=f"^`evidence` must be .*got {told}"):
+            PolicyPruner.from_policy(tmp_path, evidence=evidence)
+    with pytest.raises(InvalidArgumentError, match=r'^`allocation="adaptive"` compares'):
+        PolicyPruner.from_policy(tmp_path, allocation="adaptive")
+
+
+def test_the_lean_recipe_decides_on_a_layer_alone_as_among_the_others(tiny_llama):
+    model = tiny_llama(num_hidden_layers=3)
+    pruner = PolicyPruner.lean().fit(model)
+    whole, alone = pruner.plan(model), pruner.plan(model, layers=[1])
+    assert torch.equal(whole.kept["model.layers.1.mlp"], alone.kept["model.layers.1.mlp"])
+    assert list(alone.widths.values()) == [80, 56, 80]
+
+
+def test_an_activation_that_the_lean_recipe_does_not_find_is_named(tiny_llama):
+    model = tiny_llama()
+    del model.model.layers[1].mlp.act_fn
+    pruner = PolicyPruner.lean().fit(model)
+    with pytest.raises(UnsupportedModelError, match=r"activation of `model.layers.1.mlp`"):
+        pruner.prune(model)
+    assert model.model.layers[0].mlp.up_proj.out_features == 80

@@ -12,7 +12,8 @@ from yopo.adapters import Ffn, Slot
 from yopo.errors import InvalidArgumentError
 from yopo.features import FEATURES, row_features
 from yopo.policy import Policy, Recipe
-from yopo.reinforce import explore, learn, learn_as_published, leave_one_out
+from yopo.published import learn_as_published
+from yopo.reinforce import explore, learn, leave_one_out
 from yopo.reward import spectral_rewards
 from yopo.sampling import best_rows, draw_log_probability
 

@@ -1,8 +1,10 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from yopo.reward import PERFECT, discounted, output_reward, spectral_reward
-from yopo.spectrum import Spectrum
+from yopo.spectrum import spectra_of, spectral_distances
 
 
 def kept_rows(golden, case):
@@ -10,40 +12,41 @@ def kept_rows(golden, case):
     return golden[1].get(key, torch.arange(case["kept"]))  # ratio 0 keeps all, in order
 
 
+def distances_in(weight, kept_MK):
+    return spectral_distances(spectra_of([lambda: nullcontext(weight)]), [kept_MK])[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rewards_are_those_of_the_reference(golden, dtype):
     figures, tensors = golden
     for case in figures["reward"]:
-        spectrum = Spectrum.of(tensors[f"reward.{case['case']}.weight"].to(dtype))
         kept = kept_rows(golden, case)
         assert len(kept) == case["kept"]
-        reward, distance = spectral_reward(spectrum, kept[None])
-        assert reward.dtype == distance.dtype == torch.float64
-        assert float(reward) == pytest.approx(case["reward"], rel=1e-12), case
+        ks = distances_in(tensors[f"reward.{case['case']}.weight"].to(dtype), kept[None])
+        assert float(spectral_reward(ks)) == pytest.approx(case["reward"], rel=1e-12), case
 
 
 def test_every_draw_of_a_batch_earns_what_it_earns_alone():
     generator = torch.Generator().manual_seed(0)
-    spectrum = Spectrum.of(torch.randn(60, 24, generator=generator))
+    weight = torch.randn(60, 24, generator=generator)
     kept = torch.rand(5, 60, generator=generator).topk(40).indices.sort().values
-    reward, distance = spectral_reward(spectrum, kept)
+    ks = distances_in(weight, kept)
     for index, rows in enumerate(kept):
-        alone = spectral_reward(spectrum, rows[None])
-        assert (reward[index], distance[index]) == (alone[0][0], alone[1][0])
-        assert reward[index] * distance[index] == pytest.approx(1.0)
+        assert ks[index] == distances_in(weight, rows[None])[0]
+    assert (spectral_reward(ks) * ks).tolist() == pytest.approx([1.0] * 5)
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6), (1, 4), (4, 1)])
 def test_keeping_every_row_is_perfect(shape):
-    spectrum = Spectrum.of(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    reward, distance = spectral_reward(spectrum, torch.arange(shape[0]).expand(3, -1))
-    assert reward.tolist() == [PERFECT] * 3 == [99999.0] * 3
-    assert distance.tolist() == [0.0] * 3
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ks = distances_in(weight, torch.arange(shape[0]).expand(3, -1))
+    assert ks.tolist() == [0.0] * 3
+    assert spectral_reward(ks).tolist() == [PERFECT] * 3 == [99999.0] * 3
 
 
 def test_a_matrix_of_zeros_earns_the_perfect_reward_and_no_nan():
-    reward, _ = spectral_reward(Spectrum.of(torch.zeros(12, 5)), torch.arange(6)[None])
-    assert reward.tolist() == [PERFECT]
+    ks = distances_in(torch.zeros(12, 5), torch.arange(6)[None])
+    assert spectral_reward(ks).tolist() == [PERFECT]
 
 
 def test_returns_are_those_of_the_reference(golden):

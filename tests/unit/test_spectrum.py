@@ -1,10 +1,12 @@
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given as for_all
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from yopo.spectrum import Spectrum, ks_distance
+from yopo.spectrum import _SURE, Spectrum, ks_distance, spectra_of, spectral_distances
 
 
 def generator(seed):
@@ -54,55 +56,118 @@ def kept_rows(rows, keep, draws=3):
     )
 
 
+def given(weight):
+    return lambda: nullcontext(weight)
+
+
 def svd(weight):
+    """Singular values in float64, with 0 for what float32 could not tell from it."""
     return torch.linalg.svdvals(weight.double()).sort().values
 
 
+def without_noise(values, largest):
+    return torch.where(values > 1e-6 * largest, values, 0.0)
+
+
+def expected_distance(weight, rows):
+    dense, part = svd(weight), svd(weight[rows])
+    cleaned = (without_noise(values, dense[-1]).numpy() for values in (dense, part))
+    return ks_2samp(*cleaned).statistic
+
+
+@pytest.mark.parametrize("keep_grams", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MATRICES)
-def test_singular_values_are_those_of_an_svd_in_float64(name, dtype):
+def test_the_distance_between_spectra_is_that_of_an_svd_in_float64(name, dtype, keep_grams):
     weight = MATRICES[name].to(dtype)
     if not torch.isfinite(weight).all():
         pytest.skip("the matrix does not fit into this dtype")
-    spectrum = Spectrum.of(weight)
-    # A root of an eigenvalue that is off by the rounding of a product, relative to the largest.
-    off = (1e-7 if dtype == torch.float64 else 1e-3) * svd(weight)[-1].item()
-    assert spectrum.singular_values_S.dtype == torch.float64
-    torch.testing.assert_close(spectrum.singular_values_S, svd(weight), rtol=1e-5, atol=off)
+    spectra = spectra_of([given(weight)], keep_grams=keep_grams)
     for share in (0.0, 0.1, 0.4, 0.7, 0.95, 1.0):
         kept = kept_rows(len(weight), max(int(share * len(weight)), 1))
-        values = spectrum.of_rows(kept)
-        assert values.dtype == torch.float64
-        for rows, one in zip(kept, values, strict=True):
-            torch.testing.assert_close(one, svd(weight[rows]), rtol=1e-5, atol=off)
+        found = spectral_distances(spectra, [kept])
+        assert found.dtype == torch.float64
+        assert found.shape == (1, 3)
+        for rows, distance in zip(kept, found[0], strict=True):
+            # A value on the verge of the least that counts may fall on either side of it.
+            is_on_verge = name.startswith(("rank", "ill"))
+            verge = 1.01 / min(len(rows), weight.shape[1]) if is_on_verge else 1e-12
+            assert float(distance) == pytest.approx(expected_distance(weight, rows), abs=verge)
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_the_distance_between_spectra_is_that_of_an_svd_in_float64(name):
-    weight = MATRICES[name].float()
-    spectrum = Spectrum.of(weight)
-    for share in (0.3, 0.7, 0.95, 1.0):
-        kept = kept_rows(len(weight), max(int(share * len(weight)), 1))
-        distances = ks_distance(spectrum.singular_values_S, spectrum.of_rows(kept))
-        for rows, distance in zip(kept, distances, strict=True):
-            # What is zero but for rounding must not count; one value may lie on the verge.
-            zero = 7e-4 * svd(weight)[-1]
-            dense, part = (values * (values > zero) for values in (svd(weight), svd(weight[rows])))
-            expected = ks_2samp(dense, part).statistic
-            assert float(distance) == pytest.approx(expected, abs=1.01 / len(part)), share
+def test_matrices_of_all_shapes_are_measured_together_and_alike():
+    weights = [matrix.float() for matrix in MATRICES.values() if len(matrix) >= 40]
+    kept = [kept_rows(len(weight), 24) for weight in weights]
+    together = spectral_distances(spectra_of(list(map(given, weights))), kept)
+    for weight, rows, found in zip(weights, kept, together, strict=True):
+        assert torch.equal(spectral_distances(spectra_of([given(weight)]), [rows])[0], found)
 
 
-def test_a_matrix_is_measured_where_and_as_it_is():
-    weight = torch.randn(6, 4, generator=generator(0)).bfloat16()
-    spectrum = Spectrum.of(weight)
-    assert spectrum.weight_FD is weight
-    assert torch.equal(spectrum.of_rows(torch.arange(6)[None])[0], spectrum.singular_values_S)
+@pytest.mark.parametrize("shape", [(3072, 768), (900, 300), (300, 900)])
+@pytest.mark.parametrize("kind", ["flat", "log-normal rows", "decaying"])
+def test_eigenvalues_of_float32_lie_within_the_bounds_that_decide(shape, kind):
+    weight = gaussian(*shape).float()
+    if kind == "log-normal rows":
+        weight *= gaussian(shape[0], 1, 1).exp()
+    elif kind == "decaying":
+        weight *= torch.logspace(0, -3, shape[1])
+    (spectrum,) = spectra_of([given(weight)])
+    exact = svd(weight).square()
+    floor, slope = _SURE
+    bound = floor * exact[-1] + slope * (len(exact) * exact * exact[-1]).sqrt()
+    off = (spectrum.eigenvalues_S.double() - exact).abs() / torch.finfo(torch.float32).eps
+    assert bool((off < bound).all())
+
+
+def test_float64_decides_where_float32_cannot_tell_and_only_there(monkeypatch):
+    asked = []
+
+    def spied(spectrum, kept):
+        asked.append(spectrum)
+        return 0.0
+
+    monkeypatch.setattr(Spectrum, "exact_distance", spied)
+    flat, tiny = gaussian(200, 40).float(), MATRICES["ill-conditioned"].float()
+    spectral_distances(spectra_of([given(flat)]), [kept_rows(200, 140, draws=20)])
+    assert len(asked) <= 1
+    spectral_distances(spectra_of([given(tiny)]), [kept_rows(96, 67, draws=5)])
+    assert len(asked) >= 5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_distances_do_not_depend_on_the_number_of_threads(threads):
+    weights = [gaussian(700, 300, seed).float() for seed in range(3)]
+    kept = [kept_rows(700, 490)] * 3
+    expected = spectral_distances(spectra_of(list(map(given, weights))), kept)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        spectra = spectra_of(list(map(given, weights)))
+        assert torch.equal(spectral_distances(spectra, kept), expected)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_matrix_is_neither_held_nor_copied_in_between():
+    opened = []
+
+    @contextmanager
+    def open_once():
+        opened.append("in")
+        yield gaussian(30, 10).float()
+        opened.append("out")
+
+    spectra = spectra_of([open_once], keep_grams=False)
+    spectral_distances(spectra, [kept_rows(30, 20, draws=2)])
+    assert opened == ["in", "out"] * (len(opened) // 2)
+    assert spectra[0].gram is None
 
 
 SAMPLES = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
 
 
-@given(SAMPLES, st.lists(SAMPLES, min_size=1, max_size=4))
+@for_all(SAMPLES, st.lists(SAMPLES, min_size=1, max_size=4))
 def test_the_distance_is_that_of_scipy_with_ties_and_any_sizes(first, others):
     size = min(map(len, others))
     others = [other[:size] for other in others]
@@ -115,7 +180,7 @@ def test_the_distance_is_that_of_scipy_with_ties_and_any_sizes(first, others):
     assert distances.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
+@for_all(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30))
 def test_a_sample_has_distance_zero_from_itself_and_from_its_double(values):
     sample = torch.tensor(sorted(values), dtype=torch.float64)
     double = sample.repeat_interleave(2)

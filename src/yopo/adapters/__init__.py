@@ -1,9 +1,12 @@
 """Where each architecture keeps its FFNs."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -25,6 +28,12 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Load = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+"""Gives modules their own parameters, for as long as the context lasts."""
+
+SOURCES: MutableMapping[nn.Module, Load] = WeakKeyDictionary()
+"""Where the weights of models on the meta device come from, of those that have any."""
 
 
 def register_adapter(
@@ -88,7 +97,22 @@ def find_ffns(model: nn.Module, *, prove_unknown: bool = True) -> list[Ffn]:
     unproved = [ffn for ffn in ffns if not ffn.known]
     if unproved and prove_unknown:
         ffns = _without_unproved(ffns, found, prove(model, unproved))
-    return ffns
+    load = SOURCES.get(model)
+    if load is None:
+        return ffns
+    return [
+        replace(ffn, loaded=partial(load, [*ffn.modules, *_scalars(model, ffn)])) for ffn in ffns
+    ]
+
+
+def _scalars(model: nn.Module, ffn: Ffn) -> list[nn.Module]:
+    """Return the modules of an FFN that hold single numbers, as activations that are trained do."""
+    return [
+        module
+        for module in model.get_submodule(ffn.path).modules()
+        if module._parameters
+        and all(p is None or p.numel() == 1 for p in module._parameters.values())
+    ]
 
 
 def _without_unproved(ffns: list[Ffn], found: list[Ffn], reasons: Mapping[str, str]) -> list[Ffn]:

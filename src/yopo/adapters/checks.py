@@ -39,25 +39,31 @@ def check_weights(ffns: Iterable[Ffn]) -> None:
     Raises:
         UnsupportedModelError: If weights are on the meta device, not finite, or have no rows.
     """
-    checked: set[int] = set()
+    checked: set[tuple[int, str]] = set()
     for ffn in ffns:
         if ffn.rows == 0:
             raise UnsupportedModelError(f"`{ffn.name}` has 0 rows: nothing is left to prune.")
-        for slot in ffn.slots:
-            parameter = slot.parameter
-            if id(parameter) in checked:
-                continue
-            checked.add(id(parameter))
-            if parameter.is_meta:
-                raise UnsupportedModelError(
-                    f"the weights of `{ffn.name}` are on the meta device. Load the model with its "
-                    "weights; a `PruningPlan` can be applied without them."
-                )
-            if not torch.isfinite(parameter.detach()).all():
-                raise UnsupportedModelError(
-                    f"`{ffn.name}` has weights that are NaN or infinite. Mend the checkpoint, or "
-                    "load it in a wider `dtype`."
-                )
+        places = {(id(slot.module), slot.name): slot for slot in ffn.slots}
+        new = [slot for place, slot in places.items() if place not in checked]
+        checked |= places.keys()
+        if new:
+            with ffn.loaded():
+                for slot in new:
+                    _check_weight(ffn.name, slot.parameter)
+
+
+def _check_weight(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_meta:
+        raise UnsupportedModelError(
+            f"the weights of `{name}` are on the meta device. Load the model with its weights; a "
+            "`PruningPlan` can be applied without them."
+        )
+    # NaN and infinity show in the extremes, which one pass finds.
+    if not torch.isfinite(torch.stack(parameter.detach().aminmax())).all():
+        raise UnsupportedModelError(
+            f"`{name}` has weights that are NaN or infinite. Mend the checkpoint, or load it in a "
+            "wider `dtype`."
+        )
 
 
 def check_parameters(ffns: Iterable[Ffn]) -> None:

@@ -1,6 +1,7 @@
 """The view of one FFN that everything else works on: which parameters hold its rows, and where."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -81,6 +82,8 @@ class Ffn:
         scored: How many of the expand matrices PruneNet's scorer looks at, from the first.
         width: The config field that sets its width, None where the architecture fixes it.
         known: Whether a built-in layout found it; whatever else found it has to be proved.
+        loaded: Context in which its parameters, and those of its norm, are there to be read. Only
+            an FFN whose weights lie on a disk has more to do than nothing. Threads may share it.
     """
 
     name: str
@@ -93,6 +96,24 @@ class Ffn:
     scored: int = 1
     width: WidthField | None = None
     known: bool = True
+    loaded: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def device(self) -> torch.device:
+        """Return where its weights are worked on: the CPU for those that lie on a disk."""
+        device = self.contract.parameter.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Tell whether its weights are there only inside `loaded`."""
+        return self.contract.parameter.is_meta
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Return every module whose own parameters the FFN needs, those of its norm included."""
+        holders = {id(slot.module): slot.module for slot in self.slots}
+        return [*holders.values(), *(self.norm.modules() if self.norm is not None else ())]
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -102,6 +123,12 @@ class Ffn:
     def expand_weights(self) -> list[Tensor]:
         """Return the expand matrices, each as a view `(F, D)`."""
         return [slot.read(self.rows) for slot in self.expand]
+
+    @contextmanager
+    def gate(self) -> Iterator[Tensor]:
+        """Give the first expand matrix (gate, or fc1) as a view `(F, D)`, loaded."""
+        with self.loaded():
+            yield self.expand_weights()[0]
 
     def contract_weight(self) -> Tensor:
         """Return the columns of the contract matrix as a view `(F, D)`."""

@@ -1,0 +1,252 @@
+"""A checkpoint on disk as a model without weights, to which they come one FFN at a time."""
+
+import json
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yopo.adapters import SOURCES, Ffn, find_ffns
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.loading import build_on_meta, read_config
+from yopo.shards import DTYPES, Stored, read_header
+from yopo.stored import Axis, Run, axes_of, find_runs
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """Hold a folder of safetensors files, opened.
+
+    Attributes:
+        folder: The folder.
+        shards: The tensors of each file and the metadata of its header.
+        model: The model, on the meta device; the FFNs that `find_ffns` returns for it load their
+            weights from the files.
+        ffns: Those FFNs.
+        runs: What tensors on disk hold rows of, by their names.
+        axes: How rows lie in parameters.
+    """
+
+    folder: Path
+    shards: dict[Path, tuple[list[Stored], dict[str, str]]]
+    model: Any
+    ffns: list[Ffn]
+    runs: dict[str, list[Run]]
+    axes: dict[str, Axis]
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a folder of safetensors files, or a model on the hub, without loading weights.
+
+    Args:
+        source: A folder that `save_pretrained` wrote, or that was downloaded from the hub; or the
+            name of a model there, which is downloaded first.
+
+    Raises:
+        InvalidArgumentError: If there is no config, files are missing or damaged, or the class is
+            unknown to transformers.
+        UnsupportedModelError: If the weights are pickles, quantised, those of an adapter, stored in
+            a way that transformers would not, or the model cannot be pruned.
+        OSError: If there is no such folder and no such model on the hub.
+    """
+    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source))
+    shards = {file: read_header(file) for file in _weight_files(folder)}
+    stored = {tensor.name: tensor for tensors, _ in shards.values() for tensor in tensors}
+    config, model_class, widths = read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"`{folder}` holds a quantised model, and its packed weights have no rows to remove. "
+            "Prune the unquantised model first, then quantise the result."
+        )
+    model = build_on_meta(config, model_class, widths, dtype=_dtype(stored.values()))
+    ffns = find_ffns(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    axes = axes_of(ffns, names)
+    runs = find_runs(model, axes, stored)
+    for place in runs:
+        if stored[place].dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"`{place}` is stored as {stored[place].dtype}; yopo prunes {', '.join(DTYPES)}. "
+                "Load the model with transformers, in bfloat16, and save it again."
+            )
+    SOURCES[model] = _Source(model, stored, runs, axes).given
+    return Checkpoint(folder, shards, model, find_ffns(model), runs, axes)
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder to which a model on the hub has been downloaded.
+
+    Raises:
+        OSError: If it has not.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"`{name}` is no folder, and no model on the hub: {reason}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that hold the model.
+
+    Raises:
+        InvalidArgumentError: If there are none, or some that the index names are missing.
+        UnsupportedModelError: If the folder holds pickles or an adapter instead.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgumentError(f"`{folder / INDEX}` is damaged: {error}.") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise InvalidArgumentError(
+                    f"`{folder / INDEX}` names `{name}`, which is missing. Download it again."
+                )
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"`{folder}` holds a PEFT adapter, no model. Merge it first: `PeftModel.from_pretrained"
+            "(…).merge_and_unload().save_pretrained(folder)`."
+        )
+    pickles = sorted(
+        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")
+    )
+    if pickles:
+        raise UnsupportedModelError(
+            f"`{folder}` holds its weights as a pickle (`{pickles[0]}`), which may run code when "
+            "opened and cannot be read a piece at a time. Convert it where you trust it: "
+            f"`AutoModel.from_pretrained({str(folder)!r}).save_pretrained(folder)` with the class "
+            "that the config names, and prune that folder."
+        )
+    raise InvalidArgumentError(
+        f"`{folder}` holds no weights: neither `{WEIGHTS}` nor `{INDEX}` is there."
+    )
+
+
+def _dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """Return the dtype that most bytes have."""
+    sizes: Counter[str] = Counter()
+    for tensor in stored:
+        if tensor.dtype in DTYPES:
+            sizes[tensor.dtype] += tensor.stop - tensor.start
+    return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+
+class _Source:
+    """Give modules of a model on the meta device their own parameters, from files.
+
+    Threads may ask for the same at once. Parameters that are put together from many tensors stay
+    until others are asked for, because the experts of a layer ask one after another.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: dict[str, Stored],
+        runs: dict[str, list[Run]],
+        axes: dict[str, Axis],
+    ) -> None:
+        self._model = weakref.ref(model)  # the model is the key under which this is found
+        self._stored, self._axes = stored, axes
+        self._places: dict[str, list[tuple[Stored, list[Run]]]] = {}
+        self._add_places(runs)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._lock = threading.Lock()
+        self._users: Counter[tuple[int, str]] = Counter()
+        self._built: dict[str, Tensor] = {}
+        self._empty: dict[tuple[int, str], nn.Parameter] = {}
+
+    @contextmanager
+    def given(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Give modules the parameters that they themselves hold, until the context ends."""
+        parts = [
+            (module, key)
+            for module in dict.fromkeys(modules)
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        with self._lock:
+            for module, key in parts:
+                self._give(module, key)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for module, key in parts:
+                    self._take(module, key)
+
+    def _give(self, module: nn.Module, key: str) -> None:
+        part = (id(module), key)
+        self._users[part] += 1
+        if self._users[part] == 1:
+            empty = self._empty[part] = getattr(module, key)
+            tensor = self._read(self._names[id(empty)], empty.shape)
+            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+
+    def _take(self, module: nn.Module, key: str) -> None:
+        part = (id(module), key)
+        self._users[part] -= 1
+        if not self._users[part]:
+            module._parameters[key] = self._empty.pop(part)
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        """Return a parameter: mapped where a tensor on disk is just that, else put together."""
+        if name not in self._places:
+            model = self._model()
+            assert model is not None
+            self._add_places(find_runs(model, {name: Axis(None)}, self._stored))
+        places, axis = self._places[name], self._axes.get(name, Axis(None))
+        if len(places) == 1 and _is_whole(*places[0], axis, shape):
+            return places[0][0].map()
+        if name not in self._built:
+            layer = name.rpartition(".")[0]
+            self._built = {n: t for n, t in self._built.items() if n.startswith(f"{layer}.")}
+            self._built[name] = _put_together(places, axis, shape)
+        return self._built[name]
+
+    def _add_places(self, runs: dict[str, list[Run]]) -> None:
+        for place, found in runs.items():
+            self._places.setdefault(found[0].parameter, []).append((self._stored[place], found))
+
+
+def _is_whole(stored: Stored, runs: Sequence[Run], axis: Axis, shape: torch.Size) -> bool:
+    """Tell whether a tensor on disk is a parameter as it is: no part of it, and not turned."""
+    return stored.shape == shape and all(
+        run.expert == number and run.axis == axis.rows and bool((run.entries_N.diff() == 1).all())
+        for number, run in enumerate(runs)
+    )
+
+
+def _put_together(
+    places: Sequence[tuple[Stored, list[Run]]], axis: Axis, shape: torch.Size
+) -> Tensor:
+    """Return a parameter whose rows or experts lie in several tensors, or turned."""
+    whole = torch.empty(shape, dtype=DTYPES[places[0][0].dtype], device="cpu")
+    rank = len(shape) - axis.has_experts
+    for stored, runs in places:
+        tensor = stored.map()
+        for number, run in enumerate(runs):
+            matrix = tensor[number] if tensor.dim() > rank else tensor
+            target = whole[run.expert] if axis.has_experts else whole
+            if run.axis is None or axis.rows is None:
+                target.copy_(matrix)
+            else:
+                rows_N = matrix if run.axis == axis.rows else matrix.T
+                target.index_copy_(axis.rows, run.entries_N, rows_N)
+    return whole

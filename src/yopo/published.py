@@ -1,0 +1,137 @@
+"""PruneNet's training as its reference code does it (LCS2-IIITD/PruneNet, experiments/prunenet.py).
+
+Shapes: L layers, F rows, D columns, K kept rows.
+
+Kept on purpose: one draw an episode, no baseline, the sum of log keep probabilities instead of the
+log-probability of the draw, other noise in the loss than in the draw, one AdamW step a layer, no
+clipping that acts, and the last policy rather than the best. Left out because it changes nothing
+but the cost: the copies of the model, the singular vectors, the product with a matrix of rank one.
+Log-odds replace probabilities, so that log(0) cannot happen.
+
+The draws of an episode depend on nothing that the episode learns, so all layers are drawn and
+measured at once, on all threads and ranks. The steps that follow are one after another.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from yopo.adapters import Ffn
+from yopo.parallel import map_on_threads, on_one_thread
+from yopo.policy import Policy, Recipe
+from yopo.ranks import from_owner, gather, is_own, own
+from yopo.reinforce import Episode
+from yopo.reward import discounted, spectral_reward
+from yopo.sampling import rows_drawn_by, uniform_noise
+from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
+from yopo.spectrum import spectra_of, spectral_distances
+
+
+@torch.inference_mode(False)  # gradients, whatever mode the caller is in
+def learn_as_published(
+    ffns: Sequence[Ffn], recipe: Recipe, widths: Mapping[str, int]
+) -> Iterator[tuple[Episode, Policy]]:
+    """Train PruneNet's policy, and yield it after each episode.
+
+    Args:
+        ffns: The FFNs to learn on; the first expand matrix of each is scored and measured.
+        recipe: Hyperparameters.
+        widths: How many rows each FFN keeps, by name.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    spectra = spectra_of([ffn.gate for ffn in own(ffns)], keep_grams=not ffns[0].is_on_disk)
+    with ffns[0].gate() as gate_FD:
+        (rows, columns), device = gate_FD.shape, gate_FD.device
+    scorer = PruneNetScorer(columns, rows, generator=generator).to(device)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=recipe.learning_rate, fused=True)
+    for number in range(recipe.episodes):
+        # Every rank draws the noise of every layer, so that all generators stay abreast.
+        noise = [uniform_noise((2, ffn.rows), generator=generator) for ffn in ffns]
+        draws = [
+            (ffn, widths[ffn.name], noise_2F) for ffn, noise_2F in zip(ffns, noise, strict=True)
+        ]
+        drawn = map_on_threads(partial(_draw, scorer), own(draws))
+        ks_L = torch.cat(
+            gather(list(spectral_distances(spectra, [kept_K[None] for kept_K in drawn])))
+        )
+        reward_L = spectral_reward(ks_L)
+        noise = [uniform_noise((ffn.rows,), generator=generator) for ffn in ffns]
+        losses, norms = on_one_thread(
+            partial(
+                _take_steps,
+                ffns,
+                scorer,
+                optimizer,
+                kept=iter(drawn),
+                noise=noise,
+                returns=discounted(reward_L, recipe.discount).tolist(),
+                kl=recipe.kl,
+            )
+        )
+        vector_D, constant = (value.detach() for value in scorer.collapsed())
+        episode = Episode(
+            number, tuple(losses), tuple(reward_L.tolist()), tuple(norms), tuple(ks_L.tolist())
+        )
+        yield episode, Policy(recipe, {"vector_D": vector_D, "constant": constant})
+
+
+@torch.no_grad()
+def _draw(scorer: PruneNetScorer, draw: tuple[Ffn, int, Tensor]) -> Tensor:
+    """Return the rows `(K,)` that the policy draws, ascending."""
+    ffn, keep, (keep_noise_F, draw_noise_F) = draw
+    with ffn.gate() as gate_FD:
+        noisy_F = noisy_log_odds(scorer(gate_FD.float()), keep_noise_F)
+    return rows_drawn_by(draw_noise_F[None], logsigmoid(noisy_F), keep=keep)[0].sort().values
+
+
+def _take_steps(
+    ffns: Sequence[Ffn],
+    scorer: PruneNetScorer,
+    optimizer: torch.optim.Optimizer,
+    *,
+    kept: Iterator[Tensor],
+    noise: Sequence[Tensor],
+    returns: Sequence[float],
+    kl: bool,
+) -> tuple[list[float], list[float]]:
+    """Take a step for each layer, and return their losses and the norms of their gradients.
+
+    Args:
+        ffns: All layers.
+        scorer: What is trained.
+        optimizer: Its optimiser.
+        kept: Drawn rows of this rank's layers, in their order.
+        noise: Uniform noise `(F,)` of all layers.
+        returns: Discounted rewards of all layers.
+        kl: Whether to add the published regulariser.
+    """
+    losses, norms = [], []
+    for depth, (ffn, noise_F, value) in enumerate(zip(ffns, noise, returns, strict=True)):
+        found = (
+            _gradients(ffn, scorer, next(kept), noise_F, value, kl=kl) if is_own(depth) else None
+        )
+        loss, vector_D, constant = from_owner(depth, found)
+        norms.append(scorer.set_gradients(vector_D, constant))
+        losses.append(loss)
+        optimizer.step()
+    return losses, norms
+
+
+def _gradients(
+    ffn: Ffn, scorer: PruneNetScorer, kept_K: Tensor, noise_F: Tensor, value: float, *, kl: bool
+) -> tuple[float, Tensor, Tensor]:
+    """Return the loss of one layer, and its gradients at the scorer's v `(D,)` and c."""
+    with ffn.gate() as gate_FD:
+        wide_FD = gate_FD.float()
+        with torch.no_grad():
+            log_odds_F = scorer(wide_FD)
+        log_odds_F.requires_grad_()
+        log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, noise_F))
+        loss = told = -log_keep_F[kept_K].sum() * value
+        if kl:
+            loss = loss + kl_to_fair_coin(log_odds_F)
+        (gradient_F,) = torch.autograd.grad(loss, log_odds_F)
+        return told.item(), (gradient_F @ wide_FD).cpu(), gradient_F.sum().cpu()

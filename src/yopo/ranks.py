@@ -1,0 +1,84 @@
+"""Several processes that do one job together, as `torchrun` starts them.
+
+Every rank calls the same function with the same arguments, does its share of the pieces, and hears
+of the others what they have found, so that all end with the same. Piece n belongs to rank n modulo
+their number. Without `torchrun` there is one rank, and it owns everything.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from yopo.errors import InvalidArgumentError
+
+Piece = TypeVar("Piece")
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Return the number of this process and how many there are.
+
+    A process that `torchrun` has started joins the others here, unless it has done so already.
+    """
+    if not distributed.is_available():
+        return 0, 1
+    if not distributed.is_initialized():
+        if not distributed.is_torchelastic_launched():
+            return 0, 1
+        distributed.init_process_group()
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def own(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces that belong to this rank."""
+    rank, count = rank_and_count()
+    return list(pieces[rank::count])
+
+
+def is_own(number: int) -> bool:
+    """Tell whether piece `number` belongs to this rank."""
+    rank, count = rank_and_count()
+    return number % count == rank
+
+
+def gather(found: Sequence[Piece]) -> list[Piece]:
+    """Return what all ranks have found for their own pieces, in the order of all pieces.
+
+    Args:
+        found: What this rank has found, one for each of its own pieces.
+    """
+    _, count = rank_and_count()
+    if count == 1:
+        return list(found)
+    shares: list[Any] = [None] * count
+    distributed.all_gather_object(shares, list(found))
+    return [shares[n % count][n // count] for n in range(sum(map(len, shares)))]
+
+
+def from_owner(number: int, found: Piece | None) -> Piece:
+    """Return what the owner of piece `number` has found; the others pass None."""
+    _, count = rank_and_count()
+    told: list[Any] = [found]
+    if count > 1:
+        distributed.broadcast_object_list(told, src=number % count)
+    answer: Piece = told[0]
+    return answer
+
+
+def check_agreement(job: str, *arguments: object) -> None:
+    """Check that all ranks are about to do the same.
+
+    Raises:
+        InvalidArgumentError: If they are not.
+    """
+    rank, count = rank_and_count()
+    if count == 1:
+        return
+    jobs: list[Any] = [None] * count
+    distributed.all_gather_object(jobs, repr((job, arguments)))
+    if other := next((n for n in range(count) if jobs[n] != jobs[rank]), None):
+        raise InvalidArgumentError(
+            f"rank {rank} and rank {other} of this run do different things: `{job}` shares its "
+            "work out over all ranks, so each has to call it with the same model and arguments. "
+            "For one model a rank, run without `torchrun` and without a process group."
+        )

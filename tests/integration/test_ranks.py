@@ -1,0 +1,118 @@
+"""Several processes, started by torchrun, end with what one process finds, bit for bit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORK = """
+import sys
+import torch, yopo
+from torch import distributed
+from conftest import build
+
+def published(model):
+    pruner = yopo.PolicyPruner.prunenet(ratio=0.4, episodes=3, seed=3).fit(model)
+    return {name: t for name, t in pruner._policy.tensors.items()} | history(pruner)
+
+def spectral(model):
+    pruner = yopo.PolicyPruner(reward="spectral", episodes=3, samples=4).fit(model)
+    return dict(pruner._policy.tensors) | history(pruner)
+
+def output(model):
+    pruner = yopo.PolicyPruner(episodes=2, samples=4, evidence=TOKENS).fit(model)
+    return dict(pruner._policy.tensors) | history(pruner)
+
+def default(model):
+    pruner = yopo.PolicyPruner(evidence=TOKENS, allocation="adaptive").fit(model)
+    return pruner.prune(model, 0.4).state_dict()
+
+def drawn(model):
+    pruner = yopo.PolicyPruner.prunenet(episodes=1).fit(model)
+    return pruner.prune(model, 0.4).state_dict()
+
+def lean(model):
+    return yopo.PolicyPruner.lean().fit(model).prune(model, 0.4).state_dict()
+
+def history(pruner):
+    rows = [e.reward + e.loss + e.gradient_norm + e.ks + e.best_ks for e in pruner.history]
+    return {"history": torch.tensor(rows, dtype=torch.float64)}
+
+TOKENS = torch.arange(256).view(8, 32) * 7 % 60 + 3
+found = {}
+for kind in ("llama", "opt", "qwen2_moe"):
+    for job in (published, spectral, output, default, drawn, lean):
+        if kind == "qwen2_moe" and job in (published, drawn):
+            continue  # experts of two widths
+        tensors = job(build(kind, num_hidden_layers=3))
+        found |= {f"{kind} {job.__name__} {n}": t.detach().clone() for n, t in tensors.items()}
+rank = distributed.get_rank() if distributed.is_initialized() else 0
+from safetensors.torch import save_file
+save_file(found, f"{sys.argv[1]}-{rank}.safetensors")
+"""
+
+
+def start(code, *arguments, ranks, threads="1", **settings):
+    """Run `code` in one process, or under torchrun in several."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *(launch if ranks else []), code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "work.py").write_text(WORK)
+    done = start(folder / "work.py", folder / "alone", ranks=0, threads="2")
+    assert done.returncode == 0, done.stderr
+    return folder, load_file(folder / "alone-0.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_ends_with_what_one_process_finds_bit_for_bit(alone, ranks):
+    folder, expected = alone
+    done = start(folder / "work.py", folder / f"of-{ranks}", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    for rank in range(ranks):
+        found = load_file(folder / f"of-{ranks}-{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            pair = [t.reshape(-1).view(torch.uint8) for t in (found[name], tensor)]
+            assert torch.equal(*pair), name
+
+
+def test_ranks_that_do_different_things_are_told_so(tmp_path):
+    code = "import yopo, os; from conftest import build; r = int(os.environ['RANK'])\n"
+    code += "yopo.PolicyPruner.prunenet(episodes=1, ratio=0.2 + 0.1 * r).fit(build('llama'))"
+    (tmp_path / "work.py").write_text(code)
+    done = start(tmp_path / "work.py", ranks=2)
+    assert done.returncode != 0
+    assert "of this run do different things: `fit` shares its work out" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path):
+    code = "import yopo, os, signal; from conftest import build; from yopo import published\n"
+    code += "draw, r = published._draw, int(os.environ['RANK'])\n"
+    code += "published._draw = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if r else draw(*a)\n"
+    code += "yopo.PolicyPruner.prunenet(episodes=2).fit(build('llama')); print('done')"
+    (tmp_path / "work.py").write_text(code)
+    done = start(tmp_path / "work.py", ranks=2)
+    assert done.returncode != 0
+    assert "done" not in done.stdout
+    assert "SIGKILL" in done.stderr
