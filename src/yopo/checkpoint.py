@@ -105,10 +105,12 @@ def _weight_files(folder: Path) -> list[Path]:
         InvalidArgumentError: If there are none, or some that the index names are missing.
         UnsupportedModelError: If the folder holds pickles or an adapter instead.
     """
+    if (folder / WEIGHTS).is_file():  # transformers looks for this one first, too
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
+            names = sorted({str(name) for name in index["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgumentError(f"`{folder / INDEX}` is damaged: {error}.") from error
         for name in names:
@@ -117,8 +119,6 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"`{folder / INDEX}` names `{name}`, which is missing. Download it again."
                 )
         return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedModelError(
             f"`{folder}` holds a PEFT adapter, no model. Merge it first: `PeftModel.from_pretrained"
@@ -166,44 +166,63 @@ class _Source:
         self._stored, self._axes = stored, axes
         self._places: dict[str, list[tuple[Stored, list[Run]]]] = {}
         self._add_places(runs)
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in tensors}
         self._lock = threading.Lock()
-        self._users: Counter[tuple[int, str]] = Counter()
+        self._users: Counter[nn.Module] = Counter()
+        self._empty: dict[nn.Module, list[tuple[dict[str, Any], str, Tensor]]] = {}
         self._built: dict[str, Tensor] = {}
-        self._empty: dict[tuple[int, str], nn.Parameter] = {}
 
     @contextmanager
     def given(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Give modules the parameters that they themselves hold, until the context ends."""
-        parts = [
-            (module, key)
-            for module in dict.fromkeys(modules)
-            for key, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        with self._lock:
-            for module, key in parts:
-                self._give(module, key)
+        """Give modules the tensors that they themselves hold, until the context ends."""
+        given: list[nn.Module] = []
         try:
+            with self._lock:
+                for module in dict.fromkeys(modules):
+                    given.append(module)
+                    self._users[module] += 1
+                    if self._users[module] == 1:
+                        self._give(module)
             yield
         finally:
             with self._lock:
-                for module, key in parts:
-                    self._take(module, key)
+                for module in given:
+                    self._users[module] -= 1
+                    if not self._users[module]:
+                        del self._users[module]
+                        for holder, key, empty in self._empty.pop(module, []):
+                            holder[key] = empty
 
-    def _give(self, module: nn.Module, key: str) -> None:
-        part = (id(module), key)
-        self._users[part] += 1
-        if self._users[part] == 1:
-            empty = self._empty[part] = getattr(module, key)
+    def _give(self, module: nn.Module) -> None:
+        """Put tensors in the place of empty ones, which are kept to be put back."""
+        self._empty[module] = taken = [
+            (holder, key, tensor)
+            for holder in _holders(module)
+            for key, tensor in holder.items()
+            if tensor is not None and tensor.is_meta
+        ]
+        made = [part for part in taken if part[1] in module._non_persistent_buffers_set]
+        if made:
+            self._fill(module, made)
+        for holder, key, empty in taken:
+            if key in module._non_persistent_buffers_set:
+                continue
             tensor = self._read(self._names[id(empty)], empty.shape)
-            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+            is_parameter = isinstance(empty, nn.Parameter)
+            holder[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
-    def _take(self, module: nn.Module, key: str) -> None:
-        part = (id(module), key)
-        self._users[part] -= 1
-        if not self._users[part]:
-            module._parameters[key] = self._empty.pop(part)
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, made: list[tuple[dict[str, Any], str, Tensor]]) -> None:
+        """Make the buffers that no checkpoint holds, as the model's class fills them.
+
+        It fills parameters too, but those are still on the meta device, where that does nothing.
+        """
+        model: Any = self._model()
+        for holder, key, empty in made:
+            holder[key] = torch.empty_like(empty, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            model._init_weights(module)
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         """Return a parameter: mapped where a tensor on disk is just that, else put together."""
@@ -223,6 +242,10 @@ class _Source:
     def _add_places(self, runs: dict[str, list[Run]]) -> None:
         for place, found in runs.items():
             self._places.setdefault(found[0].parameter, []).append((self._stored[place], found))
+
+
+def _holders(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 def _is_whole(stored: Stored, runs: Sequence[Run], axis: Axis, shape: torch.Size) -> bool:

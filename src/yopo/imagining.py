@@ -139,7 +139,7 @@ def _embeddings(model: nn.Module, ffn: Ffn, tokens: int, seed: int, stratified: 
         return torch.randn(tokens, width, generator=generator, device="cpu")
     draw = _stratified_tokens if stratified else _drawn_tokens
     ids_T = draw(table.num_embeddings, tokens, generator)
-    with load([table]) if load is not None else nullcontext():
+    with load(list(table.modules())) if load is not None else nullcontext():
         states_TD: Tensor = table(ids_T.to(table.weight.device)).float()
     return states_TD
 

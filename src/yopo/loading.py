@@ -82,23 +82,7 @@ def build_on_meta(
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = built._from_config(config, dtype=dtype)
     model.__class__ = model_class
-    _fill_buffers(model)
     return model.eval()
-
-
-@torch.no_grad()
-def _fill_buffers(model: Any) -> None:
-    """Give a model on the meta device the buffers that no checkpoint holds, filled by its class.
-
-    Parameters are on the meta device, where filling them does nothing.
-    """
-    with torch.random.fork_rng(devices=[]):
-        for module in model.modules():
-            empty = [name for name, buffer in module._buffers.items() if buffer is not None]
-            for name in empty:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-            if empty:
-                model._init_weights(module)
 
 
 def _resized_class(model_class: type[nn.Module], widths: dict[str, int]) -> Any:

@@ -22,7 +22,7 @@ from yopo.restore import Restored
 from yopo.rewriting import Rewriting, write_other_files
 from yopo.shards import read_header, write_shard
 from yopo.staging import check_target, staged, staging_folder
-from yopo.surgery import apply_plan
+from yopo.surgery import apply_plan, check_plan
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,10 @@ def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> None:
         YopoError: If another rank could not.
         OSError: If the disk is full.
     """
+    check_plan(checkpoint.ffns, plan)
     rewriting = Rewriting(checkpoint, plan, partial(_taken_out, folder / _RESTORED))
     old_config = checkpoint.model.config.to_dict()
-    apply_plan(checkpoint.model, plan, ffns=checkpoint.ffns)  # checks it, and changes the config
+    apply_plan(checkpoint.model, plan, ffns=checkpoint.ffns)  # changes the config
     problem: Exception | None = None
     try:
         if rank_and_count()[0] == 0:

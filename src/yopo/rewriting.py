@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.checkpoint import INDEX, Checkpoint
+from yopo.checkpoint import INDEX, WEIGHTS, Checkpoint
 from yopo.plan import PruningPlan
 from yopo.shards import DTYPES, Piece, Stored, read_header
 from yopo.stored import Run, bias_behind
@@ -81,7 +81,9 @@ class Rewriting:
     def _places(self, run: Run) -> Tensor:
         """Return where the entries that stay lie in a run."""
         kept = self._kept.get((run.parameter, run.expert), self._spare[run.parameter])
-        return torch.isin(run.entries_N, kept).nonzero()[:, 0]
+        stays = torch.zeros(1 + int(run.entries_N.max()), dtype=torch.bool, device="cpu")
+        stays[kept[kept < len(stays)]] = True
+        return stays[run.entries_N].nonzero()[:, 0]
 
     def _parts(self, stored: Stored, runs: list[Run], places: list[Tensor]) -> Iterator[Tensor]:
         """Yield what stays of a tensor, in the order of its bytes."""
@@ -143,7 +145,7 @@ def write_other_files(checkpoint: Checkpoint, target: Path, old_config: dict[str
     document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _update(document, old_config, checkpoint.model.config.to_dict())
     _write_json(target / "config.json", document)
-    if (folder / INDEX).is_file():
+    if INDEX in left_out and folder / WEIGHTS not in checkpoint.shards:
         left_out.remove(INDEX)
         _write_json(target / INDEX, _index(checkpoint, target))
     if left_out:

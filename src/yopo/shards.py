@@ -84,8 +84,10 @@ def read_header(file: Path) -> tuple[list[Stored], dict[str, str]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             size = os.fstat(stream.fileno()).st_size
             header = json.loads(stream.read(min(length, size)))
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items()]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+        _check_places(tensors, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise InvalidArgumentError(
             f"`{file}` is damaged or no safetensors file: {error}. Download or save it again."
@@ -94,16 +96,28 @@ def read_header(file: Path) -> tuple[list[Stored], dict[str, str]]:
         raise InvalidArgumentError(
             f"`{file}` is cut short: tensors are missing at its end. Download or save it again."
         )
-    return sorted(tensors, key=lambda tensor: tensor.start), metadata
+    return tensors, metadata
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], begin: int) -> Stored:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if not isinstance(entry["dtype"], str):
+        raise ValueError(f"`{name}` has no dtype")
+    if not all(isinstance(size, int) and size >= 0 for size in (start, stop, *shape)):
+        raise ValueError(f"`{name}` has sizes that are no numbers")
     dtype = DTYPES.get(entry["dtype"])
     if dtype is not None and stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"`{name}` has other bytes than its shape")
     return Stored(file, name, entry["dtype"], shape, begin + start, begin + stop)
+
+
+def _check_places(tensors: Iterable[Stored], begin: int) -> None:
+    """Check that sorted tensors follow one another without gaps, as the format demands."""
+    for tensor in tensors:
+        if tensor.start != begin or tensor.stop < begin:
+            raise ValueError(f"`{tensor.name}` overlaps another tensor, or leaves a gap")
+        begin = tensor.stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +183,10 @@ def _copy(stored: Stored, target: IO[bytes]) -> None:
             copied = _copied_by_system(source, target, place, count)
             if copied < count:
                 source.seek(place + copied)
-                target.write(source.read(count - copied))
+                rest = source.read(count - copied)
+                if len(rest) < count - copied:
+                    raise OSError(errno.EIO, "the file has become shorter", str(stored.file))
+                target.write(rest)
                 target.flush()
 
 

@@ -49,13 +49,12 @@ def staged(target: Path) -> Iterator[Path]:
         OSError: If the folder cannot be written.
     """
     folder = staging_folder(target)
-    with _locked(folder, target) as lock:
+    with _locked(folder.with_suffix(".lock"), target):
+        if folder.exists():  # left by a process that was killed
+            shutil.rmtree(folder)
+        folder.mkdir()
         try:
-            for left in folder.iterdir():  # by a process that was killed
-                if left != lock:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield folder
-            lock.unlink()
             with suppress(OSError):  # an empty folder there is in nobody's way, but on Windows
                 target.rmdir()
             folder.rename(target)
@@ -64,15 +63,19 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path, target: Path) -> Iterator[Path]:
-    """Make a folder, and hold a lock in it that ends with this process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+def _locked(file: Path, target: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends, and leave no folder empty.
+
+    It lies beside the folder that it guards: inside, it would have to go before that is complete.
+    """
+    new = [parent for parent in file.parents if not parent.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one before may have moved or removed the folder in the meantime.
-                is_there = os.fstat(lock.fileno()).st_ino == Path(lock.name).stat().st_ino
+                # The one before may have removed the file in the meantime.
+                is_there = os.fstat(lock.fileno()).st_ino == file.stat().st_ino
             except OSError:
                 is_there = False
             if not is_there:
@@ -80,4 +83,11 @@ def _locked(folder: Path, target: Path) -> Iterator[Path]:
                     f"another process is writing `{target}` at this moment. Wait for it, or name "
                     "another folder."
                 )
-        yield Path(lock.name)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no file that is open
+                file.unlink()
+            for parent in new:
+                with suppress(OSError):  # it holds the target, or what others have put there
+                    parent.rmdir()

@@ -96,7 +96,10 @@ def find_runs(
     Raises:
         UnsupportedModelError: If the checkpoint stores them in a way that transformers would not.
     """
-    parameters, names = dict(model.named_parameters()), list(axes)
+    parameters, names = (
+        {**dict(model.named_buffers()), **dict(model.named_parameters())},
+        list(axes),
+    )
     labels: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
     for number, name in enumerate(names):
@@ -120,9 +123,9 @@ def find_runs(
     runs = {}
     for place, label in labels.items():
         name = names[int(label.reshape(-1)[0]) >> _PARAMETER]
-        rank = parameters[name].dim() - axes[name].has_experts
-        found = runs[place] = list(_runs(name, axes[name], label, rank))
-        if place not in stored or not _fits(found, stored[place], rank):
+        shape = parameters[name].shape[axes[name].has_experts :]
+        found = runs[place] = list(_runs(name, axes[name], label, len(shape)))
+        if place not in stored or not _fits(found, stored[place], axes[name].rows, shape):
             raise UnsupportedModelError(
                 f"the checkpoint does not store `{name}` of {type(model).__name__} as transformers "
                 f"does, which would be as `{place}`. Load it with transformers, save it with "
@@ -137,16 +140,16 @@ def _names_of(model: nn.Module, name: str) -> list[str]:
     Base models and those with a head load one another's checkpoints; tied parameters have several.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    parameter = model.get_parameter(name)
-    aliases = [
-        alias
-        for alias, other in model.named_parameters(remove_duplicate=False)
-        if other is parameter
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
     ]
+    wanted = next(tensor for other, tensor in tensors if other == name)
+    aliases = [alias for alias, other in tensors if other is wanted]
     return [
         *aliases,
         *(alias.removeprefix(prefix) for alias in aliases),
-        *(prefix + a for a in aliases),
+        *(prefix + alias for alias in aliases),
     ]
 
 
@@ -168,19 +171,34 @@ def _runs(name: str, axis: Axis, label: Tensor, rank: int) -> Iterator[Run]:
     """Yield what labels say that have arrived in one tensor on disk."""
     for matrix in label if label.dim() > rank else [label]:
         expert = int(matrix.reshape(-1)[0]) >> _EXPERT & 2 ** (_PARAMETER - _EXPERT) - 1
-        along = None
-        if axis.rows is not None:
-            is_same = len(matrix) == _THIN and bool((matrix[0] == matrix[1]).all())
-            along = 1 if is_same else 0
-        line = matrix.select(1 - (along or 0), 0) if rank == 2 else matrix
-        entries_N = line & 2**_EXPERT - 1
-        yield Run(name, expert, rank, along, entries_N if along is not None else entries_N[:0])
+        if axis.rows is None:
+            yield Run(name, expert, rank, None, torch.zeros(0, dtype=torch.int64, device="cpu"))
+            continue
+        is_same = len(matrix) == _THIN and bool((matrix[0] == matrix[1]).all())
+        along = 1 if is_same else 0
+        line_N = matrix.select(1 - along, 0) if rank == 2 else matrix
+        yield Run(name, expert, rank, along, line_N & 2**_EXPERT - 1)
 
 
-def _fits(runs: list[Run], stored: Stored, rank: int) -> bool:
-    """Tell whether a tensor on disk has the sizes that its runs need."""
-    shape = stored.shape[-rank:]
-    leading = stored.shape[:-rank]
-    return leading in ((), (len(runs),)) and all(
-        run.axis is None or shape[run.axis] == len(run.entries_N) for run in runs
+def _fits(runs: list[Run], stored: Stored, rows: int | None, shape: torch.Size) -> bool:
+    """Tell whether a tensor on disk has the shape that its runs need.
+
+    Args:
+        runs: What it holds.
+        stored: The tensor.
+        rows: The axis that rows run along in memory.
+        shape: Shape in memory of what the runs are parts of.
+    """
+    experts = max(0, len(stored.shape) - len(shape))
+    return stored.shape[:experts] in ((), (len(runs),)) and all(
+        stored.shape[experts:] == _shape_of(run, rows, shape) for run in runs
     )
+
+
+def _shape_of(run: Run, rows: int | None, shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape on disk of a run of a matrix, or vector, that has `shape` in memory."""
+    sizes = list(shape)
+    if run.axis is not None and rows is not None:
+        del sizes[rows]
+        sizes.insert(run.axis, len(run.entries_N))
+    return tuple(sizes)

@@ -62,7 +62,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
 
 def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[str, int]:
     """Do what `apply_plan` does, and return the widths that the config cannot express, by name."""
-    _check_plan(ffns, plan)
+    check_plan(ffns, plan)
     fields, overrides = _config_changes(model, ffns, plan)
     skeletons = _skeletons(model, ffns, plan, fields, overrides)
     # Weights made in inference mode could never be trained again.
@@ -78,7 +78,12 @@ def cut_rows(model: nn.Module, plan: PruningPlan, ffns: Sequence[Ffn]) -> dict[s
     return overrides
 
 
-def _check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+def check_plan(ffns: Sequence[Ffn], plan: PruningPlan) -> None:
+    """Check that `plan` is one, and was made for a model with these FFNs.
+
+    Raises:
+        InvalidArgumentError: If it is not.
+    """
     if not isinstance(plan, PruningPlan):
         raise InvalidArgumentError(
             f"`plan` must be a PruningPlan, got {plan!r}. Read a saved one with "
