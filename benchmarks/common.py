@@ -1,6 +1,7 @@
 """What the benchmarks share: models to measure on, their texts, and how a result is kept."""
 
 import json
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +80,23 @@ def kept_rows(name: str) -> list[dict[str, Any]]:
         json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     )
     return rows
+
+
+def machine(device: torch.device, *, shared: bool = False) -> str:
+    """Return what a device is called, a CPU with the threads in use.
+
+    Args:
+        device: The device.
+        shared: Whether to say of a CPU that it does other work too.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text("utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or "CPU"
+    told = f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{told}, shared with other work" if shared else told
 
 
 def quiet() -> None:

@@ -155,6 +155,8 @@ def check_numbers(job: Job) -> Answer:
 
 def machine_rates(job: Job) -> Answer:
     """Return what the machine is, and how much it multiplies and moves a second, at its best."""
+    from common import machine  # not above: the peer's environment has no yopo
+
     device = torch.device(job["device"])
     size = 2048 if device.type == "cpu" else 8192
     factor = torch.rand(size, size, device=device)
@@ -163,7 +165,7 @@ def machine_rates(job: Job) -> Answer:
     multiplied = _best_seconds(lambda: torch.mm(factor, factor, out=product), device)
     added = _best_seconds(lambda: moved.add_(other), device)
     return {
-        "machine": machine_name(device),
+        "machine": machine(device),
         "operations": 2 * size**3 / multiplied,
         "bytes": 12 * job["numbers"] / added,
     }
@@ -307,18 +309,6 @@ def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def machine_name(device: torch.device) -> str:
-    """Return what a device is called, a CPU with the threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

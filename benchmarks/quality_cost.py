@@ -11,13 +11,11 @@ of that rate that the phase reached. What it does not measure it does not name.
 """
 
 import argparse
-import platform
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ import yopo.decision
 import yopo.elimination
 import yopo.evidence
 import yopo.pruner
-from common import RESULTS, SHARED, keep_result, kept_rows, quiet
+from common import RESULTS, SHARED, keep_result, kept_rows, machine, quiet
 from yopo.report import format_table
 from yopo.writing import LENGTH, SEQUENCES
 
@@ -116,7 +114,7 @@ def main() -> None:
         return
     row = {
         "shape": arguments.shape,
-        "machine": _machine(device),
+        "machine": machine(device, shared=True),
         "dtype": str(model.dtype).removeprefix("torch."),
         **asdict(SHAPES[arguments.shape]),
         **_measure(model, device),
@@ -239,18 +237,6 @@ def _rate(dtype: str, device: torch.device) -> float:
         ended = time.process_time() if device.type == "cpu" else time.perf_counter()
         rates.append(2 * size**3 / (ended - started))
     return max(rates)
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} of {len(names)} cores, shared with other work"
 
 
 def _page(rows: list[dict[str, Any]]) -> str:

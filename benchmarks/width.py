@@ -11,15 +11,13 @@ machine and number of threads keeps its own rows.
 
 import argparse
 import os
-import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import RESULTS, keep_result, kept_rows, quiet
+from common import RESULTS, keep_result, kept_rows, machine, quiet
 from yopo.plan import kept_width
 from yopo.report import format_table
 from yopo.speed import Speed, time_in_turn
@@ -87,7 +85,7 @@ def _measure(setting: Setting, dtype: str, device: torch.device, repeats: int) -
         repeats=repeats,
     )
     return {
-        "machine": _machine(device),
+        "machine": machine(device, shared=True),
         "dtype": dtype,
         **asdict(setting),
         "repeats": repeats,
@@ -150,18 +148,6 @@ def _ratio(ours: Speed, theirs: Speed, phase: str) -> str:
     measured = paired_ratio(getattr(ours, phase), getattr(theirs, phase))
     allowed = getattr(ours, f"{phase}_bound") / getattr(theirs, f"{phase}_bound")
     return f"{measured:.2f} ({allowed:.2f})"
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} of {len(names)} cores, shared with other work"
 
 
 if __name__ == "__main__":

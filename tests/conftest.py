@@ -56,6 +56,39 @@ def build(kind, *, seed=0, dtype=torch.float32, **overrides):
     return model.to(dtype)
 
 
+def save(model, folder, *, in_shards=True):
+    """Save a model as a checkpoint, in many files or one, and return the folder."""
+    model.save_pretrained(folder, max_shard_size="20KB" if in_shards else "1GB")
+    return folder
+
+
+def tensors_in(folder):
+    """Return every tensor of a folder of safetensors files, as the package of that name reads."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def files_in(folder):
+    """Return the bytes of every file below a folder, by its path from there."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def assert_same(found, expected):
+    """Check that two mappings hold the same tensors, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        pair = [t.contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor)]
+        assert torch.equal(*pair), name
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """Return the function that builds any model of the table: `tiny_model("gpt2", n_inner=48)`."""

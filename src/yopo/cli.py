@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from yopo.adapters import find_ffns
 from yopo.checkpoint import open_checkpoint
-from yopo.criteria import plan_by_criterion, row_norm
 from yopo.errors import InvalidArgumentError, YopoError
-from yopo.loading import load
+from yopo.loading import build_on_meta, load, read_config
 from yopo.on_disk import prune_checkpoint
-from yopo.plan import MultipleOf
+from yopo.plan import MultipleOf, plan_widths
 from yopo.pruner import PolicyPruner
 from yopo.ranks import rank_and_count
 from yopo.report import describe_ffns, format_table, sizes_of
@@ -36,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    model = load(options.model, dtype="auto")
-    ffns = find_ffns(model)
+    config, model_class, widths = read_config(options.model)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    model = build_on_meta(config, model_class, widths, dtype=dtype)
+    ffns = find_ffns(model, prove_unknown=False)
     sizes = sizes_of(model, ffns)
     print(
         f"{type(model).__name__}: {sizes.parameters:,} parameters, {sizes.bytes / 1e6:,.1f} MB, "
@@ -46,13 +49,13 @@ def _info(options: argparse.Namespace) -> None:
     print(describe_ffns(ffns))
     rows = [["ratio", "reached", "rows removed", "parameters removed", "of all", "MB left"]]
     for ratio in options.ratio:
-        plan = plan_by_criterion(model, ratio, criterion=row_norm, multiple_of=options.multiple_of)
-        left = sizes_of(model, ffns, plan)
+        kept = plan_widths(ffns, ratio, multiple_of=options.multiple_of)
+        left = sizes_of(model, ffns, kept)
         removed = sizes.parameters - left.parameters
         rows.append(
             [
                 f"{ratio:g}",
-                f"{plan.ratio_reached:.4f}",
+                f"{1 - left.ffn_rows / sizes.ffn_rows:.4f}",
                 f"{sizes.ffn_rows - left.ffn_rows:,}",
                 f"{removed:,}",
                 f"{removed / sizes.parameters:.1%}",
@@ -66,8 +69,9 @@ def _fit(options: argparse.Namespace) -> None:
     pruner = _new_pruner(options)
     from_disk = options.dtype == "auto" and not pruner.runs_model
     pruner.fit(options.model if from_disk else load(options.model, dtype=options.dtype))
-    pruner.save_policy(options.output)
-    print(f"Policy written to {options.output}.")
+    if rank_and_count()[0] == 0:
+        pruner.save_policy(options.output)
+        print(f"Policy written to {options.output}.")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -84,7 +88,7 @@ def _prune(options: argparse.Namespace) -> None:
             layers=options.layers,
             **size,
         )
-        after = sizes_of(checkpoint.model, checkpoint.ffns, plan)
+        after = sizes_of(checkpoint.model, checkpoint.ffns, plan.widths)
     else:
         if options.output.exists() and any(options.output.iterdir()):
             raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
@@ -94,8 +98,9 @@ def _prune(options: argparse.Namespace) -> None:
             pruner.fit(model)
         pruner.prune(model, options.ratio, layers=options.layers, **size)
         after = sizes_of(model, find_ffns(model))
-        model.save_pretrained(options.output)
-        _copy_tokenizer(options.model, options.output)
+        if rank_and_count()[0] == 0:
+            model.save_pretrained(options.output)
+            _copy_tokenizer(options.model, options.output)
     if rank_and_count()[0] == 0:
         print(
             f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows "
@@ -125,8 +130,6 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    import torch
-
     from yopo.demo import run_demo
 
     if options.model is None:
@@ -145,10 +148,7 @@ def _pruner(options: argparse.Namespace) -> PolicyPruner:
 
 
 def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
-    """Return the pruner that the options describe.
-
-    Where nothing else is asked for, it is the lean one for a model that is not loaded.
-    """
+    """Return the pruner that the options describe: where they ask for nothing, the lean one."""
     common: dict[str, Any] = {"seed": options.seed}
     if options.ratio is not None:
         common["ratio"] = options.ratio
@@ -160,8 +160,7 @@ def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
                 "`--method lean` goes with `--ratio` and `--seed` alone: it looks at weights, and "
                 "learns nothing."
             )
-        if options.dtype == "auto" or options.method == "lean":
-            return PolicyPruner.lean(**common)
+        return PolicyPruner.lean(**common)
     if options.episodes is not None:
         common["episodes"] = options.episodes
     if options.method == "prunenet":

@@ -149,7 +149,7 @@ def _table(model: nn.Module, measured: dict[str, list[float]]) -> str:
     rows = [["ratio", "rows removed", "of all parameters", "MB", *measured]]
     for index, ratio in enumerate(RATIOS):
         plan = plan_by_criterion(model, ratio, criterion=criteria.row_norm)
-        left = sizes_of(model, ffns, plan)
+        left = sizes_of(model, ffns, plan.widths)
         rows.append(
             [
                 f"{ratio:.1f}",

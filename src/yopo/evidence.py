@@ -102,7 +102,13 @@ class Evidence:
         """Return what the model is to read, nothing where weights alone are looked at."""
         kind = self._kind
         on_disk = any(parameter.is_meta for parameter in model.parameters())
-        if kind == "weights" or (kind == "auto" and (on_disk or not can_write(model))):
+        if kind == "auto" and on_disk:
+            logger.warning(
+                "A checkpoint on disk is not run, so it is judged from weights alone. To judge it "
+                "on text that the model writes itself, load it with its weights."
+            )
+            return {}
+        if kind == "weights" or (kind == "auto" and not can_write(model)):
             return {}
         if on_disk:
             raise UnsupportedModelError(

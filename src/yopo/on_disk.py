@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -135,7 +136,11 @@ def _put_away(folder: Path, name: str, restored: Restored) -> None:
     tensors = {"contract": restored.contract_KD.contiguous()}
     if restored.bias_D is not None:
         tensors["bias"] = restored.bias_D.contiguous()
-    save_file(tensors, folder / f"{name}.safetensors")
+    file = folder / f"{name}.safetensors"
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # which says in words alone that the disk is full
+        raise OSError(f"cannot write `{file}`: {error}") from error
 
 
 def _taken_out(folder: Path, name: str) -> tuple[Tensor, Tensor | None] | None:

@@ -278,8 +278,9 @@ class PolicyPruner:
         """
         opened = _opened(model)
         ffns = find_ffns(opened)
-        check_weights(ffns)
         recipe = self._recipe
+        if recipe.episodes or not ffns[0].is_on_disk:  # what is on a disk is read but once
+            check_weights(ffns)
         episodes = train(opened, ffns, recipe, evidence=self._evidence, own_reward=self._reward)
         self.history = []
         if recipe.episodes == 0:

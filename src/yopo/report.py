@@ -11,7 +11,6 @@ from torch import nn
 
 from yopo.adapters import Ffn
 from yopo.errors import YopoError
-from yopo.plan import PruningPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,15 @@ class Sizes:
     ffn_parameters: int
 
 
-def sizes_of(model: nn.Module, ffns: Sequence[Ffn], plan: PruningPlan | None = None) -> Sizes:
-    """Count `model` as it is, or as `plan` would leave it."""
+def sizes_of(
+    model: nn.Module, ffns: Sequence[Ffn], widths: Mapping[str, int] | None = None
+) -> Sizes:
+    """Count `model` as it is, or as it would be if its FFNs had other widths, given by name."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     rows = ffn_parameters = 0
     for ffn in ffns:
-        kept = ffn.rows if plan is None else len(plan.kept[ffn.name])
+        kept = ffn.rows if widths is None else widths[ffn.name]
         rows += kept
         ffn_parameters += kept * ffn.parameters_per_row
         parameters -= (ffn.rows - kept) * ffn.parameters_per_row

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Restoring = Callable[[str], tuple[Tensor, Tensor | None] | None]
 """From the name of an FFN to its re-solved contract matrix `(K, D)` and bias; None without any."""
 
-_PART = 2**25
+_PART = 2**23
 """Bytes that are cut at a time."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}

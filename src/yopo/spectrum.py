@@ -74,17 +74,17 @@ class Spectrum:
 
     def gram_of_rows(self, kept_K: Tensor) -> Tensor:
         """Return the lower triangle of the Gram matrix `(N, N)` of ascending kept rows."""
-        keep = len(kept_K)
+        keep, dtype = len(kept_K), self.eigenvalues_S.dtype
         with self.weight() as weight_FD:
             kept_K = kept_K.to(weight_FD.device)
-            if self.gram is None:
-                return _gram_of(weight_FD, kept_K, self.eigenvalues_S.dtype)
+            is_downdated = keep > self.columns and self.rows - keep < keep
+            if self.rows > self.columns and not is_downdated:
+                return _gram_of(weight_FD, kept_K, dtype)
+            # Made anew where it is not held, so that the result does not depend on that.
+            gram = _gram_of(weight_FD, None, dtype) if self.gram is None else self.gram.clone()
             if self.rows <= self.columns:
-                return self.gram[kept_K[:, None], kept_K]
-            if keep > self.columns and self.rows - keep < keep:
-                dropped_C = _complement(kept_K, self.rows)
-                return _add_gram(self.gram.clone(), weight_FD, dropped_C, sign=-1)
-            return _gram_of(weight_FD, kept_K, self.gram.dtype)
+                return gram[kept_K[:, None], kept_K]
+            return _add_gram(gram, weight_FD, _complement(kept_K, self.rows), sign=-1)
 
     def possible_distances(self, eigenvalues_N: Tensor) -> Tensor:
         """Return the least and the largest distance `(2,)` within the bounds of eigenvalues.

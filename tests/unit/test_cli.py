@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,8 +88,25 @@ def test_what_goes_wrong_is_said_in_one_line_and_nothing_is_written(
     assert not (tmp_path / "new").exists()
 
 
+def test_info_needs_no_weights(saved, capsys):
+    (Path(saved) / "model.safetensors").unlink()
+    assert main(["info", saved]) == 0
+    assert "intermediate_size" in capsys.readouterr().out
+
+
+def test_by_default_a_folder_is_pruned_from_disk_and_equals_the_lean_recipe_in_memory(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("yopo.cli.load", None)  # the model is never built
+    assert main(["prune", saved, "--output", str(tmp_path / "pruned"), "--ratio", "0.4"]) == 0
+    expected = yopo.PolicyPruner.lean().fit(yopo.load(saved)).prune(yopo.load(saved), 0.4)
+    found = yopo.load(tmp_path / "pruned").state_dict()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, found[name]), name
+
+
 def test_an_interrupt_ends_the_command_quietly(saved, monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("yopo.cli.find_ffns", interrupted)

@@ -11,7 +11,7 @@ def test_sizes_after_a_plan_are_those_of_the_model_once_it_is_cut(tiny_model):
         model = tiny_model(kind)
         ffns = yopo.find_ffns(model)
         plan = yopo.plan_by_criterion(model, 0.4, criterion=yopo.criteria.row_norm)
-        foretold = sizes_of(model, ffns, plan)
+        foretold = sizes_of(model, ffns, plan.widths)
         yopo.apply_plan(model, plan)
         counted = sizes_of(model, yopo.find_ffns(model))
         assert foretold == counted

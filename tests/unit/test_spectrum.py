@@ -149,6 +149,16 @@ def test_distances_do_not_depend_on_the_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(900, 300), (300, 900)])
+def test_grams_that_are_not_held_give_the_same_bits(shape):
+    weight = gaussian(*shape).float()
+    held, made = (spectra_of([given(weight)], keep_grams=keep)[0] for keep in (True, False))
+    for share in (0.2, 0.7):
+        rows = kept_rows(len(weight), int(share * len(weight)), draws=1)[0]
+        lower = [spectrum.gram_of_rows(rows).tril() for spectrum in (held, made)]
+        assert torch.equal(*lower)
+
+
 def test_a_matrix_is_neither_held_nor_copied_in_between():
     opened = []
 
