@@ -14,7 +14,7 @@ cache emptied before where that is allowed and all writes on the disk at the end
   takes for all;
 * one episode of `PolicyPruner.prunenet().fit(folder)`.
 
-Memory is the peak of anonymous pages (`RssAnon`), and of all pages (`VmHWM`), files that are mapped
+Memory is the peak of anonymous pages (`RssAnon`), and of all pages (`VmRSS`), files that are mapped
 included, above what the process has once yopo and transformers are imported.
 """
 

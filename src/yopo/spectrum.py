@@ -172,6 +172,8 @@ def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> T
         dense_S = spectrum.eigenvalues_S
         return Place(dense_S.device, _work(min(len(kept_K), spectrum.columns), dense_S.dtype))
 
+    if not spectra:  # a rank may own none
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     found_LM = torch.zeros(len(spectra), len(kept[0]), dtype=torch.float64, device="cpu")
     cut = [n for n, spectrum in enumerate(spectra) if kept[n].shape[1] < spectrum.rows]
     draws = [(spectra[n], kept_K) for n in cut for kept_K in kept[n]]

@@ -8,6 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import yopo
+from conftest import build, files_in, save
+
 WORK = """
 import sys
 import torch, yopo
@@ -49,6 +52,15 @@ for kind in ("llama", "opt", "qwen2_moe"):
             continue  # experts of two widths
         tensors = job(build(kind, num_hidden_layers=3))
         found |= {f"{kind} {job.__name__} {n}": t.detach().clone() for n, t in tensors.items()}
+for kind, pruner in (
+    ("llama", yopo.PolicyPruner.lean()),
+    ("qwen2_moe", yopo.PolicyPruner.lean(seed=1)),
+    ("gpt2", yopo.PolicyPruner.prunenet(episodes=1)),
+    ("opt", yopo.PolicyPruner(reward="spectral", episodes=1, samples=2, evidence="weights")),
+):
+    yopo.prune_checkpoint(f"source-{kind}", f"{sys.argv[1]}-{kind}", 0.4, pruner=pruner)
+plan = yopo.plan_by_criterion(build("llama"), 0.4, criterion=yopo.criteria.row_norm)
+yopo.prune_checkpoint("source-llama", f"{sys.argv[1]}-plan", plan=plan)
 rank = distributed.get_rank() if distributed.is_initialized() else 0
 from safetensors.torch import save_file
 save_file(found, f"{sys.argv[1]}-{rank}.safetensors")
@@ -79,7 +91,9 @@ def start(code, *arguments, ranks, threads="1", **settings):
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "work.py").write_text(WORK)
-    done = start(folder / "work.py", folder / "alone", ranks=0, threads="2")
+    for kind in ("llama", "qwen2_moe", "gpt2", "opt"):
+        save(build(kind), folder / f"source-{kind}")
+    done = start(folder / "work.py", folder / "alone", ranks=0, threads="2", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, load_file(folder / "alone-0.safetensors")
 
@@ -87,7 +101,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_rank_ends_with_what_one_process_finds_bit_for_bit(alone, ranks):
     folder, expected = alone
-    done = start(folder / "work.py", folder / f"of-{ranks}", ranks=ranks)
+    done = start(folder / "work.py", folder / f"of-{ranks}", ranks=ranks, cwd=folder)
     assert done.returncode == 0, done.stderr
     for rank in range(ranks):
         found = load_file(folder / f"of-{ranks}-{rank}.safetensors")
@@ -95,6 +109,9 @@ def test_every_rank_ends_with_what_one_process_finds_bit_for_bit(alone, ranks):
         for name, tensor in expected.items():
             pair = [t.reshape(-1).view(torch.uint8) for t in (found[name], tensor)]
             assert torch.equal(*pair), name
+    for job in ("llama", "qwen2_moe", "gpt2", "opt", "plan"):
+        assert files_in(folder / f"of-{ranks}-{job}") == files_in(folder / f"alone-{job}"), job
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
 
 
 def test_ranks_that_do_different_things_are_told_so(tmp_path):
@@ -116,3 +133,54 @@ def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path):
     assert done.returncode != 0
     assert "done" not in done.stdout
     assert "SIGKILL" in done.stderr
+
+
+FAILING = """
+import errno, os, signal, sys
+import yopo
+from yopo import on_disk
+
+rank, write = int(os.environ["RANK"]), on_disk.write_shard
+
+def full(file, *rest):
+    if rank:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(file, *rest)
+
+def dies(file, *rest):
+    write(file, *rest)
+    if rank:
+        os.truncate(file, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+on_disk.write_shard = full
+try:
+    yopo.prune_checkpoint("source", "target", 0.4)
+except (OSError, yopo.YopoError) as error:
+    print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+yopo.ranks.gather([None])
+if not rank:
+    print("left:", sorted(os.listdir(".")), flush=True)
+on_disk.write_shard = dies
+yopo.prune_checkpoint("source", "target", 0.4)
+print("done")
+"""
+
+
+def test_a_rank_that_fails_or_dies_amid_a_shard_ends_the_run_with_no_target(tmp_path):
+    source = save(build("llama"), tmp_path / "source")
+    before = files_in(source)
+    (tmp_path / "work.py").write_text(FAILING)
+    done = start("work.py", ranks=2, cwd=tmp_path)
+    assert "rank 1: OSError: [Errno 28] No space left on device" in done.stdout
+    assert "rank 0: YopoError: another rank of this run failed: [Errno 28] No sp" in done.stdout
+    assert "left: ['source', 'work.py']" in done.stdout
+    assert done.returncode != 0
+    assert "done" not in done.stdout
+    assert "SIGKILL" in done.stderr
+    assert not (tmp_path / "target").exists()
+    assert files_in(source) == before
+    yopo.prune_checkpoint(source, tmp_path / "target", 0.4)
+    yopo.prune_checkpoint(source, tmp_path / "expected", 0.4)
+    assert files_in(tmp_path / "target") == files_in(tmp_path / "expected")
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []

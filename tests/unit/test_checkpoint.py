@@ -1,0 +1,343 @@
+"""A folder of safetensors files as a model without weights, against the same model in memory."""
+
+import gc
+import json
+import re
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import yopo
+from conftest import CONFIGS, build, files_in, save
+from yopo import InvalidArgumentError, PruningPlan, UnsupportedModelError, find_ffns
+from yopo.adapters import SOURCES
+from yopo.checkpoint import INDEX, open_checkpoint
+from yopo.stored import bias_behind
+
+
+def changed(file, **entries):
+    """Change entries of a JSON file; None removes one."""
+    document = json.loads(file.read_text()) | entries
+    file.write_text(
+        json.dumps({key: value for key, value in document.items() if value is not None})
+    )
+
+
+def renamed(folder, rename):
+    """Store the tensors of a single-file checkpoint under other names."""
+    file = folder / "model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file)
+
+
+def weights_of(ffn):
+    """Return copies of everything that is there while an FFN is loaded."""
+    with ffn.loaded():
+        found = [*ffn.expand_weights(), ffn.contract_weight()]
+        found += [slot.read(ffn.rows) for slot in ffn.vectors]
+        bias = bias_behind(ffn.contract)
+        found += [] if bias is None else [bias.detach()]
+        found += [] if ffn.norm is None else [p.detach() for p in ffn.norm.parameters()]
+        return [tensor.clone() for tensor in found]
+
+
+def assert_holds(opened, model):
+    """Check that each FFN of a checkpoint loads exactly what the model in memory holds."""
+    ffns = find_ffns(model)
+    assert [ffn.name for ffn in opened.ffns] == [ffn.name for ffn in ffns]
+    for on_disk, in_memory in zip(opened.ffns, ffns, strict=True):
+        pairs = list(zip(weights_of(on_disk), weights_of(in_memory), strict=True))
+        assert pairs
+        for found, expected in pairs:
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), on_disk.name
+
+
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
+
+
+@KINDS
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_ffns_load_exactly_what_memory_holds(tmp_path, kind, in_shards):
+    model = build(kind, dtype=torch.bfloat16)
+    assert_holds(open_checkpoint(save(model, tmp_path, in_shards=in_shards)), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_every_dtype_is_loaded_as_it_is(tmp_path, dtype):
+    model = build("qwen2_moe", dtype=dtype)
+    assert_holds(open_checkpoint(save(model, tmp_path)), model)
+
+
+def test_embeddings_can_be_loaded_too(tmp_path):
+    model = build("llama", tie_word_embeddings=True)
+    opened = open_checkpoint(save(model, tmp_path)).model
+    table = opened.get_input_embeddings()
+    with SOURCES[opened]([table]):
+        assert torch.equal(table.weight, model.model.embed_tokens.weight)
+    assert table.weight.is_meta
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_names_of_the_base_model_serve_a_model_with_a_head_and_the_other_way(tmp_path, kind):
+    headed = build(kind)
+    prefix = f"{headed.base_model_prefix}."
+    save(headed, tmp_path / "headed", in_shards=False)
+    save(headed.base_model, tmp_path / "bare", in_shards=False)
+    names = [type(headed).__name__, type(headed.base_model).__name__]
+    changed(tmp_path / "headed" / "config.json", architectures=names[1:])
+    changed(tmp_path / "bare" / "config.json", architectures=names[:1])
+    opened = open_checkpoint(tmp_path / "bare")
+    assert type(opened.model) is type(headed)
+    assert_holds(opened, headed)
+    opened = open_checkpoint(tmp_path / "headed")
+    assert type(opened.model) is type(headed.base_model)
+    assert any(name.startswith(prefix) for name in opened.runs)
+    assert_holds(opened, headed.base_model)
+
+
+def test_experts_that_are_stacked_on_disk_are_loaded_too(tmp_path):
+    model = build("qwen2_moe")
+    save(model, tmp_path, in_shards=False)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_holds(open_checkpoint(tmp_path), model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe"])
+def test_a_checkpoint_of_unequal_widths_that_yopo_cut_before_is_opened(tmp_path, kind):
+    model = build(kind)
+    ffns = find_ffns(model)
+    kept = {ffn.name: torch.arange(ffn.rows) for ffn in ffns}
+    chosen = [ffn.name for ffn in ffns if ffn.name.startswith(ffns[0].path)]
+    kept |= {name: kept[name][::3] for name in chosen}
+    yopo.apply_plan(model, PruningPlan(kept, {ffn.name: ffn.rows for ffn in ffns}, 0.2))
+    opened = open_checkpoint(save(model, tmp_path))
+    assert "yopo_widths" in json.loads((tmp_path / "config.json").read_text())
+    assert {ffn.rows for ffn in opened.ffns} == {ffn.rows for ffn in find_ffns(model)}
+    assert_holds(opened, model)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+    other, model = build("llama", seed=1), build("llama")
+    save(other, tmp_path / "other")
+    save(model, tmp_path / "model", in_shards=False)
+    for file in (tmp_path / "other").glob("model*"):
+        file.rename(tmp_path / "model" / file.name)
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert_holds(open_checkpoint(tmp_path / "model"), model)
+
+
+def everything_is_empty(model):
+    return all(tensor.is_meta for tensor in model.parameters())
+
+
+def test_parameters_are_on_the_meta_device_again_afterwards(tmp_path):
+    opened = open_checkpoint(save(build("qwen2_moe"), tmp_path))
+    before = dict(opened.model.named_parameters())
+    assert everything_is_empty(opened.model)
+    first, other = opened.ffns[0], opened.ffns[-1]
+    with first.loaded():
+        assert not first.contract.parameter.is_meta
+        assert not first.contract.parameter.requires_grad
+        assert other.contract.parameter.is_meta
+        with first.loaded(), other.loaded():
+            assert not other.contract.parameter.is_meta
+        assert not first.contract.parameter.is_meta
+        assert other.contract.parameter.is_meta
+    assert everything_is_empty(opened.model)
+    after = dict(opened.model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_an_error_inside_leaves_the_model_empty_too(tmp_path):
+    opened = open_checkpoint(save(build("llama"), tmp_path))
+    with pytest.raises(ZeroDivisionError), opened.ffns[0].loaded():
+        raise ZeroDivisionError
+    assert everything_is_empty(opened.model)
+
+
+def test_a_file_that_vanishes_for_a_while_is_an_error_and_can_be_read_again(tmp_path):
+    model = build("llama")
+    opened = open_checkpoint(save(model, tmp_path / "here", in_shards=False))
+    (tmp_path / "here").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError), opened.ffns[0].loaded():
+        pass
+    assert everything_is_empty(opened.model)
+    (tmp_path / "away").rename(tmp_path / "here")
+    assert_holds(opened, model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe"])
+def test_threads_may_load_at_once(tmp_path, kind):
+    model = build(kind)
+    opened = open_checkpoint(save(model, tmp_path))
+    expected = {ffn.name: weights_of(ffn) for ffn in find_ffns(model)}
+    wrong, gate = [], threading.Barrier(6)
+
+    def read(number):
+        gate.wait()
+        for turn in range(5 * len(opened.ffns)):
+            ffn = opened.ffns[(turn * (number // 2 + 1)) % len(opened.ffns)]
+            found = weights_of(ffn)
+            if not all(map(torch.equal, found, expected[ffn.name])):
+                wrong.append(ffn.name)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert everything_is_empty(opened.model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell")
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "gpt2"])
+def test_the_skeleton_is_garbage_afterwards_and_nothing_stays_mapped(tmp_path, kind):
+    opened = open_checkpoint(save(build(kind), tmp_path))
+    for ffn in opened.ffns:
+        weights_of(ffn)
+    del ffn
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    model, known = weakref.ref(opened.model), len(SOURCES)
+    del opened
+    gc.collect()
+    assert model() is None
+    assert len(SOURCES) < known
+
+
+def test_opening_reads_no_weights_and_changes_nothing(tmp_path, monkeypatch):
+    save(build("qwen2_moe"), tmp_path)
+    before, seed = files_in(tmp_path), torch.random.get_rng_state()
+    monkeypatch.setattr("yopo.shards.Stored.map", lambda self: 1 / 0)
+    open_checkpoint(str(tmp_path))
+    assert files_in(tmp_path) == before
+    assert torch.equal(torch.random.get_rng_state(), seed)
+
+
+# What is refused.
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
+    folder = save(build("llama"), tmp_path / "model", in_shards=False)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=r"pickle \(`pytorch_model\.bin`\)") as raised:
+        open_checkpoint(folder)
+    way = re.search(r"`AutoModel\.from_pretrained\('(.*)'\)\.save_pretrained\(", str(raised.value))
+    assert way[1] == str(folder)
+    (folder / "pytorch_model.bin").rename(folder / "consolidated.00.pth")
+    with pytest.raises(UnsupportedModelError, match=r"pickle \(`consolidated\.00\.pth`\)"):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"holds a PEFT adapter.*merge_and_unload\(\)"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_quantised_model_is_refused(tmp_path):
+    save(build("llama"), tmp_path)
+    changed(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match=r"holds a quantised model.*unquantised model"):
+        open_checkpoint(tmp_path)
+
+
+def test_matrices_in_integers_or_eight_bits_are_refused(tmp_path):
+    save(build("llama"), tmp_path, in_shards=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    place = "model.layers.1.mlp.up_proj.weight"
+    for dtype, name in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        tensors[place] = tensors[place].to(dtype)
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(UnsupportedModelError, match=f"`{place}` is stored as {name}; yopo pr"):
+            open_checkpoint(tmp_path)
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path):
+    save(build("llama"), tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[2]
+    shard.unlink()
+    with pytest.raises(InvalidArgumentError, match=f"names `{shard.name}`, which is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "", 3, "deep/a"])
+def test_an_index_cannot_lead_out_of_the_folder(tmp_path, name):
+    save(build("llama"), tmp_path)
+    changed(tmp_path / INDEX, weight_map={"a": name})
+    with pytest.raises(InvalidArgumentError, match=r"index\.json` names `.*`, which is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"weight_map": 3}', "\x00"])
+def test_a_damaged_index_is_told(tmp_path, text):
+    save(build("llama"), tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(InvalidArgumentError, match=r"index\.json` is damaged"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    save(build("llama"), tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(InvalidArgumentError, match=f"{shard.name}` is cut short"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights_or_config_is_told(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"holds no weights: neither `model\.safet"):
+        open_checkpoint(tmp_path)
+    save(build("llama"), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"holds no model: `config\.json` is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["MyOwnModel"], [], None])
+def test_an_unknown_class_is_told(tmp_path, names):
+    save(build("llama"), tmp_path)
+    changed(tmp_path / "config.json", architectures=names)
+    with pytest.raises(InvalidArgumentError, match=r"names the architecture .* does not have"):
+        open_checkpoint(tmp_path)
+
+
+def test_tensors_under_names_that_transformers_does_not_use_are_refused(tmp_path):
+    save(build("llama"), tmp_path, in_shards=False)
+    renamed(tmp_path, lambda name: name.replace("mlp.up_proj", "feed_forward.w3"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"does not store `model\.layers\.0\.mlp\.up_pr"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_a_model_on_the_hub_is_downloaded_and_what_is_not_there_is_told(tmp_path, monkeypatch):
+    model = build("llama")
+    save(model, tmp_path / "cache")
+    asked = []
+
+    def download(name):
+        asked.append(name)
+        if name != "some/model":
+            raise OSError(f"no {name}\nlong story")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert_holds(open_checkpoint("some/model"), model)
+    with pytest.raises(OSError, match=r"^`no/model` is no folder, and no model on the hub: no no/"):
+        open_checkpoint("no/model")
+    assert asked == ["some/model", "no/model"]
+
+
+def test_a_path_that_is_no_folder_is_told_without_asking_anybody(tmp_path):
+    for path in (tmp_path / "none", "a/b/c", tmp_path / "x" / ".." / "none"):
+        with pytest.raises(OSError, match=r"is no folder, and no model on the hub"):
+            open_checkpoint(path)
