@@ -7,7 +7,7 @@ line: seconds and peak memory, or the error. A job runs in a fork of this proces
 imported what is needed and done no arithmetic, so every job starts alike, loads its own model, and
 leaves nothing behind.
 
-Memory is the peak of the process's anonymous pages, looked at every millisecond, above what they
+Memory is the peak of the process's anonymous pages, looked at every 10 ms, above what they
 are once the model is loaded; on a GPU it is the peak of what torch has allocated there, likewise.
 """
 
@@ -236,7 +236,7 @@ def _measured(work: Callable[[], Any], device: torch.device) -> Answer:
     peak = [start]
 
     def look() -> None:
-        while not done.wait(0.001):
+        while not done.wait(0.01):
             peak[0] = max(peak[0], _held(device))
 
     watcher = threading.Thread(target=look)

@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from yopo.adapters import Ffn
 from yopo.parallel import map_on_threads, on_one_thread
 from yopo.policy import Policy, Recipe
-from yopo.ranks import from_owner, gather, is_own, own
+from yopo.ranks import gather, own
 from yopo.reinforce import Episode
 from yopo.reward import discounted, spectral_reward
 from yopo.sampling import rows_drawn_by, uniform_noise
@@ -53,10 +53,11 @@ def learn_as_published(
         draws = [
             (ffn, widths[ffn.name], noise_2F) for ffn, noise_2F in zip(ffns, noise, strict=True)
         ]
-        drawn = map_on_threads(partial(_draw, scorer), own(draws))
-        ks_L = torch.cat(
-            gather(list(spectral_distances(spectra, [kept_K[None] for kept_K in drawn])))
-        )
+        mine = map_on_threads(partial(_draw, scorer), own(draws))
+        ks_mine = spectral_distances(spectra, [kept_K[None] for kept_K in mine])
+        found = gather([(kept_K.cpu(), ks_1) for kept_K, ks_1 in zip(mine, ks_mine, strict=True)])
+        drawn, ks = zip(*found, strict=True)
+        ks_L = torch.cat(ks)
         reward_L = spectral_reward(ks_L)
         noise = [uniform_noise((ffn.rows,), generator=generator) for ffn in ffns]
         losses, norms = on_one_thread(
@@ -65,13 +66,13 @@ def learn_as_published(
                 ffns,
                 scorer,
                 optimizer,
-                kept=iter(drawn),
+                drawn=drawn,
                 noise=noise,
                 returns=discounted(reward_L, recipe.discount).tolist(),
                 kl=recipe.kl,
             )
         )
-        vector_D, constant = (value.detach() for value in scorer.collapsed())
+        vector_D, constant = (value.detach() for value in on_one_thread(scorer.collapsed))
         episode = Episode(
             number, tuple(losses), tuple(reward_L.tolist()), tuple(norms), tuple(ks_L.tolist())
         )
@@ -92,28 +93,27 @@ def _take_steps(
     scorer: PruneNetScorer,
     optimizer: torch.optim.Optimizer,
     *,
-    kept: Iterator[Tensor],
+    drawn: Sequence[Tensor],
     noise: Sequence[Tensor],
     returns: Sequence[float],
     kl: bool,
 ) -> tuple[list[float], list[float]]:
     """Take a step for each layer, and return their losses and the norms of their gradients.
 
+    Every rank takes all of them: what a step costs is less than to wait for one another in each.
+
     Args:
-        ffns: All layers.
+        ffns: The layers.
         scorer: What is trained.
         optimizer: Its optimiser.
-        kept: Drawn rows of this rank's layers, in their order.
-        noise: Uniform noise `(F,)` of all layers.
-        returns: Discounted rewards of all layers.
+        drawn: Drawn rows `(K,)` of each layer.
+        noise: Uniform noise `(F,)` of each layer.
+        returns: Discounted reward of each layer.
         kl: Whether to add the published regulariser.
     """
     losses, norms = [], []
-    for depth, (ffn, noise_F, value) in enumerate(zip(ffns, noise, returns, strict=True)):
-        found = (
-            _gradients(ffn, scorer, next(kept), noise_F, value, kl=kl) if is_own(depth) else None
-        )
-        loss, vector_D, constant = from_owner(depth, found)
+    for ffn, kept_K, noise_F, value in zip(ffns, drawn, noise, returns, strict=True):
+        loss, vector_D, constant = _gradients(ffn, scorer, kept_K, noise_F, value, kl=kl)
         norms.append(scorer.set_gradients(vector_D, constant))
         losses.append(loss)
         optimizer.step()
@@ -134,4 +134,4 @@ def _gradients(
         if kl:
             loss = loss + kl_to_fair_coin(log_odds_F)
         (gradient_F,) = torch.autograd.grad(loss, log_odds_F)
-        return told.item(), (gradient_F @ wide_FD).cpu(), gradient_F.sum().cpu()
+        return told.item(), gradient_F @ wide_FD, gradient_F.sum()

@@ -35,12 +35,6 @@ def own(pieces: Sequence[Piece]) -> list[Piece]:
     return list(pieces[rank::count])
 
 
-def is_own(number: int) -> bool:
-    """Tell whether piece `number` belongs to this rank."""
-    rank, count = rank_and_count()
-    return number % count == rank
-
-
 def gather(found: Sequence[Piece]) -> list[Piece]:
     """Return what all ranks have found for their own pieces, in the order of all pieces.
 
@@ -53,16 +47,6 @@ def gather(found: Sequence[Piece]) -> list[Piece]:
     shares: list[Any] = [None] * count
     distributed.all_gather_object(shares, list(found))
     return [shares[n % count][n // count] for n in range(sum(map(len, shares)))]
-
-
-def from_owner(number: int, found: Piece | None) -> Piece:
-    """Return what the owner of piece `number` has found; the others pass None."""
-    _, count = rank_and_count()
-    told: list[Any] = [found]
-    if count > 1:
-        distributed.broadcast_object_list(told, src=number % count)
-    answer: Piece = told[0]
-    return answer
 
 
 def check_agreement(job: str, *arguments: object) -> None:
