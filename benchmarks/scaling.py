@@ -4,10 +4,10 @@
 
 Trains on OPT models with random weights, of which one size at a time grows by doubling: layers,
 d_ff, d_model and episodes of `PolicyPruner.prunenet()`, and samples per episode of
-`PolicyPruner(reward="spectral")`. Each point runs as often as `--repeats` says, in a process of its own, warmed up on a
-tiny model; the least seconds and the most memory count. Exponents are the slopes of straight lines
-through the logarithms, by least squares over all points, nothing subtracted; beside them stands the
-slope between the two largest.
+`PolicyPruner(reward="spectral")`. Each point runs as often as `--repeats` says, in a process of its
+own, warmed up on a tiny model; the least seconds and the most memory count. Exponents are the
+slopes of straight lines through the logarithms, by least squares over all points, nothing
+subtracted; beside them stands the slope between the two largest.
 
 Writes results/scaling.json, .md and .png.
 """

@@ -486,7 +486,11 @@ def test_a_policy_that_was_fitted_elsewhere_prunes_a_folder(tmp_path):
     assert_equal_folders(tmp_path / "target", expected)
 
 
-@pytest.mark.parametrize("reward", ["output", "divergence", lambda model, draws: 1 / 0], ids=str)
+@pytest.mark.parametrize(
+    "reward",
+    ["output", "divergence", lambda model, draws: 1 / 0],
+    ids=["output", "divergence", "function"],
+)
 def test_rewards_that_run_the_model_are_refused_on_a_folder(tmp_path, reward):
     source = save(build("llama"), tmp_path / "source")
     pruner = PolicyPruner(reward=reward, episodes=1)
