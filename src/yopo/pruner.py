@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from yopo.adapters import Ffn, check_weights, find_ffns
+from yopo.adapters import SOURCES, Ffn, check_weights, find_ffns
 from yopo.adapters.attention import find_attention_units
 from yopo.allocation import Spread
 from yopo.budget import Budget, RatioOf, Widths
@@ -279,7 +279,7 @@ class PolicyPruner:
         opened = _opened(model)
         ffns = find_ffns(opened)
         recipe = self._recipe
-        if recipe.episodes or not ffns[0].is_on_disk:  # what is on a disk is read but once
+        if recipe.episodes or opened not in SOURCES:  # what is on a disk is read but once
             check_weights(ffns)
         episodes = train(opened, ffns, recipe, evidence=self._evidence, own_reward=self._reward)
         self.history = []
