@@ -8,7 +8,7 @@ threads, or processes, share the work. An accelerator is filled by many small ma
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
@@ -28,11 +28,12 @@ Result = TypeVar("Result")
 class Place:
     """Say where a piece of work is done, and how many bytes it takes there.
 
-    Pieces of one place can be done together.
+    Pieces of one place and of one kind can be done together.
     """
 
     device: torch.device
     bytes: int
+    kind: Hashable = None
 
 
 @cache

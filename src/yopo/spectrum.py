@@ -20,6 +20,7 @@ noise must not tell two spectra apart.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ _CHUNK = 1024
 _BLOCKS = 6
 """A triangle is computed in so many blocks: more save little, and multiply more slowly."""
 
+_SMALL = 2**20
+"""Bytes of work up to which draws of one matrix are measured together."""
+
 _WORK = 4
 """How many matrices as large as a Gram matrix its eigenvalues take to find, itself included."""
 
@@ -72,35 +76,35 @@ class Spectrum:
     eigenvalues_S: Tensor
     _exact_S: Tensor | None = field(default=None, init=False)
 
-    def gram_of_rows(self, kept_K: Tensor) -> Tensor:
-        """Return the lower triangle of the Gram matrix `(N, N)` of ascending kept rows."""
-        keep, dtype = len(kept_K), self.eigenvalues_S.dtype
+    def grams_of_rows(self, kept_MK: Tensor) -> Tensor:
+        """Return the lower triangles of the Gram matrices `(M, N, N)` of ascending kept rows."""
+        keep, dtype = kept_MK.shape[1], self.eigenvalues_S.dtype
         with self.weight() as weight_FD:
-            kept_K = kept_K.to(weight_FD.device)
+            kept_MK = kept_MK.to(weight_FD.device)
             is_downdated = keep > self.columns and self.rows - keep < keep
             if self.rows > self.columns and not is_downdated:
-                return _gram_of(weight_FD, kept_K, dtype)
+                return _grams_of(weight_FD, kept_MK, dtype)
             # Made anew where it is not held, so that the result does not depend on that.
-            gram = _gram_of(weight_FD, None, dtype) if self.gram is None else self.gram.clone()
+            gram = _grams_of(weight_FD, None, dtype)[0] if self.gram is None else self.gram
             if self.rows <= self.columns:
-                return gram[kept_K[:, None], kept_K]
-            return _add_gram(gram, weight_FD, _complement(kept_K, self.rows), sign=-1)
+                return gram[kept_MK[:, :, None], kept_MK[:, None, :]]
+            grams_MDD = gram.repeat(len(kept_MK), 1, 1)
+            return _add_grams(grams_MDD, weight_FD, _complement(kept_MK, self.rows), sign=-1)
 
-    def possible_distances(self, eigenvalues_N: Tensor) -> Tensor:
-        """Return the least and the largest distance `(2,)` within the bounds of eigenvalues.
+    def possible_distances(self, eigenvalues_MN: Tensor) -> Tensor:
+        """Return the least and the largest distance `(2, M)` within the bounds of eigenvalues.
 
         Args:
-            eigenvalues_N: Those of the Gram matrix of some rows, ascending.
+            eigenvalues_MN: Those of the Gram matrices of some rows, ascending.
         """
-        dense_S, part_N = self.eigenvalues_S.double(), eigenvalues_N.double().clamp_min(0.0)
+        dense_S, part_MN = self.eigenvalues_S.double(), eigenvalues_MN.double().clamp_min(0.0)
         largest, (floor, slope) = dense_S[-1], _SURE
         # An eigenvalue and one of the whole matrix beside it are off by as much, hence twice.
-        off_N = floor * largest + slope * (len(part_N) * largest * part_N).sqrt()
-        off_N *= 2 * torch.finfo(eigenvalues_N.dtype).eps
-        ends_2N = _without_noise(torch.stack([part_N + off_N, part_N - off_N]), largest)
-        (above_up, above_down), (below_up, below_down) = _leads(
-            _without_noise(dense_S, largest), ends_2N
-        )
+        off_MN = floor * largest + slope * (part_MN.shape[1] * largest * part_MN).sqrt()
+        off_MN *= 2 * torch.finfo(eigenvalues_MN.dtype).eps
+        dense_S = _without_noise(dense_S, largest)
+        above_up, below_up = _leads(dense_S, _without_noise(part_MN + off_MN, largest))
+        above_down, below_down = _leads(dense_S, _without_noise(part_MN - off_MN, largest))
         return torch.stack(
             [torch.maximum(above_down, below_up), torch.maximum(above_up, below_down)]
         )
@@ -108,14 +112,12 @@ class Spectrum:
     def exact_distance(self, kept_K: Tensor) -> float:
         """Return the distance of ascending kept rows, worked out in float64."""
         with self.weight() as weight_FD:
-            part_N = torch.linalg.eigvalsh(_gram_of(weight_FD, kept_K, torch.float64))
+            part_1N = torch.linalg.eigvalsh(_grams_of(weight_FD, kept_K[None], torch.float64))
             if self._exact_S is None:
-                self._exact_S = torch.linalg.eigvalsh(_gram_of(weight_FD, None, torch.float64))
+                self._exact_S = torch.linalg.eigvalsh(_grams_of(weight_FD, None, torch.float64))[0]
         largest = self._exact_S[-1]
         return float(
-            ks_distance(
-                _without_noise(self._exact_S, largest), _without_noise(part_N[None], largest)
-            )
+            ks_distance(_without_noise(self._exact_S, largest), _without_noise(part_1N, largest))
         )
 
 
@@ -134,7 +136,7 @@ def spectra_of(weights: Sequence[Weight], *, keep_grams: bool = True) -> list[Sp
             with weight() as weight_FD:
                 is_double = weight_FD.dtype == torch.float64
                 dtype = torch.float64 if is_double else torch.float32
-                grams.append(_gram_of(weight_FD, None, dtype))
+                grams.append(_grams_of(weight_FD, None, dtype)[0])
                 shapes.append(weight_FD.shape)
         found = torch.linalg.eigvalsh(torch.stack(grams) if len(grams) > 1 else grams[0][None])
         kept = grams if keep_grams else [None] * len(grams)
@@ -145,7 +147,8 @@ def spectra_of(weights: Sequence[Weight], *, keep_grams: bool = True) -> list[Sp
 
     def place(weight: Weight) -> Place:
         with weight() as weight_FD:
-            return Place(weight_FD.device, _work(min(weight_FD.shape), weight_FD.dtype))
+            rows, columns = weight_FD.shape
+            return _place(weight_FD.device, 1, rows, columns, weight_FD.dtype)
 
     return map_in_batches(dense, weights, place)
 
@@ -158,26 +161,24 @@ def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> T
         kept: Kept rows `(M, K)` of each matrix, ascending; K may differ from matrix to matrix.
     """
 
-    def compare(batch: Sequence[tuple[Spectrum, Tensor]]) -> list[float | None]:
-        grams = [spectrum.gram_of_rows(kept_K) for spectrum, kept_K in batch]
-        found = torch.linalg.eigvalsh(torch.stack(grams) if len(grams) > 1 else grams[0][None])
+    def compare(batch: Sequence[_Draws]) -> list[list[float | None]]:
+        grams = [spectrum.grams_of_rows(kept_MK) for spectrum, kept_MK in batch]
+        found = torch.linalg.eigvalsh(torch.cat(grams) if len(grams) > 1 else grams[0])
+        parts = torch.split(found, [len(kept_MK) for _, kept_MK in batch])
         possible = [
-            spectrum.possible_distances(eigenvalues_N)
-            for (spectrum, _), eigenvalues_N in zip(batch, found, strict=True)
+            spectrum.possible_distances(eigenvalues_MN)
+            for (spectrum, _), eigenvalues_MN in zip(batch, parts, strict=True)
         ]
-        return [_middle(*ends) for ends in torch.stack(possible).tolist()]
-
-    def place(draw: tuple[Spectrum, Tensor]) -> Place:
-        spectrum, kept_K = draw
-        dense_S = spectrum.eigenvalues_S
-        return Place(dense_S.device, _work(min(len(kept_K), spectrum.columns), dense_S.dtype))
+        middles = [_middle(*ends) for ends in torch.cat(possible, dim=1).T.tolist()]
+        return [[middles.pop(0) for _ in kept_MK] for _, kept_MK in batch]
 
     if not spectra:  # a rank may own none
         return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     found_LM = torch.zeros(len(spectra), len(kept[0]), dtype=torch.float64, device="cpu")
     cut = [n for n, spectrum in enumerate(spectra) if kept[n].shape[1] < spectrum.rows]
-    draws = [(spectra[n], kept_K) for n in cut for kept_K in kept[n]]
-    found = map_in_batches(compare, draws, place)
+    pieces = [(spectra[n], part_MK) for n in cut for part_MK in _in_parts(spectra[n], kept[n])]
+    draws = [(spectrum, kept_K) for spectrum, kept_MK in pieces for kept_K in kept_MK]
+    found = list(chain(*map_in_batches(compare, pieces, _place_of)))
     undecided = [number for number, ks in enumerate(found) if ks is None]
     exact = map_on_threads(
         lambda number: draws[number][0].exact_distance(draws[number][1]), undecided
@@ -186,6 +187,31 @@ def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> T
         found[number] = ks
     found_LM[cut] = found_LM.new_tensor(found).view(len(cut), len(kept[0]))
     return found_LM
+
+
+_Draws = tuple[Spectrum, Tensor]
+"""A matrix, and draws of rows `(M, K)` of it that are measured together."""
+
+
+def _in_parts(spectrum: Spectrum, kept_MK: Tensor) -> Sequence[Tensor]:
+    """Split draws of a matrix into such as are measured together: many where they are small."""
+    each = _place_of((spectrum, kept_MK[:1])).bytes
+    return torch.split(kept_MK, max(1, _SMALL // each))
+
+
+def _place_of(draws: _Draws) -> Place:
+    spectrum, kept_MK = draws
+    (number, keep), dense_S = kept_MK.shape, spectrum.eigenvalues_S
+    return _place(dense_S.device, number, keep, spectrum.columns, dense_S.dtype)
+
+
+def _place(
+    device: torch.device, matrices: int, rows: int, columns: int, dtype: torch.dtype
+) -> Place:
+    """Tell where eigenvalues of Gram matrices are found, and what that takes."""
+    size = min(rows, columns)
+    numbers = matrices * (_WORK * size**2 + min(rows, _CHUNK) * columns)
+    return Place(device, numbers * max(dtype.itemsize, 4), (size, dtype))
 
 
 def ks_distance(first_S: Tensor, second_MS: Tensor) -> Tensor:
@@ -211,34 +237,40 @@ def _leads(first_S: Tensor, second_MS: Tensor) -> tuple[Tensor, Tensor]:
     return difference.amax(dim=1), -difference.amin(dim=1)
 
 
-def _gram_of(weight_FD: Tensor, rows_K: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the lower triangle of the smaller Gram matrix of some rows, or of all."""
-    rows = len(weight_FD) if rows_K is None else len(rows_K)
+def _grams_of(weight_FD: Tensor, rows_MK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the lower triangles of the smaller Gram matrices of some rows, or of all, M = 1."""
+    draws, rows = rows_MK.shape if rows_MK is not None else (1, len(weight_FD))
     columns = weight_FD.shape[1]
-    if rows <= columns:
-        part_KD = (weight_FD if rows_K is None else weight_FD[rows_K]).to(dtype)
-        return _add_product(part_KD.new_zeros(rows, rows), part_KD, sign=1)
-    gram_DD = weight_FD.new_zeros(columns, columns, dtype=dtype)
-    return _add_gram(gram_DD, weight_FD, rows_K, sign=1)
+    size = min(rows, columns)
+    grams_MNN = weight_FD.new_zeros(draws, size, size, dtype=dtype)
+    if rows > columns:
+        return _add_grams(grams_MNN, weight_FD, rows_MK, sign=1)
+    part_MKD = (weight_FD[None] if rows_MK is None else weight_FD[rows_MK]).to(dtype)
+    return _add_products(grams_MNN, part_MKD, sign=1)
 
 
-def _add_gram(gram_DD: Tensor, weight_FD: Tensor, rows_K: Tensor | None, *, sign: int) -> Tensor:
-    """Add ± the products of columns of some rows, or of all, to a lower triangle, and return it."""
-    for part in torch.split(weight_FD if rows_K is None else rows_K, _CHUNK):
-        part_KD = (part if rows_K is None else weight_FD[part]).to(gram_DD.dtype)
-        _add_product(gram_DD, part_KD.T, sign=sign)
-    return gram_DD
+def _add_grams(
+    grams_MDD: Tensor, weight_FD: Tensor, rows_MK: Tensor | None, *, sign: int
+) -> Tensor:
+    """Add ± the products of columns of some rows, or of all, to lower triangles, return them."""
+    if rows_MK is None:
+        parts = (part_KD[None] for part_KD in torch.split(weight_FD, _CHUNK))
+    else:
+        parts = (weight_FD[part_MK] for part_MK in torch.split(rows_MK, _CHUNK, dim=1))
+    for part_MKD in parts:
+        _add_products(grams_MDD, part_MKD.to(grams_MDD.dtype).mT, sign=sign)
+    return grams_MDD
 
 
-def _add_product(lower_NN: Tensor, factor_NK: Tensor, *, sign: int) -> Tensor:
-    """Add ± `factor · factorᵀ` to a lower triangle in blocks, and return it; the rest is noise."""
-    size = len(factor_NK)
+def _add_products(lower_MNN: Tensor, factor_MNK: Tensor, *, sign: int) -> Tensor:
+    """Add ± `factor · factorᵀ` to lower triangles in blocks, return them; the rest is noise."""
+    size = factor_MNK.shape[1]
     step = -(-size // _BLOCKS)
     for start in range(0, size, step):
         stop = start + step
-        block = lower_NN[start:, start:stop]
-        block.addmm_(factor_NK[start:], factor_NK[start:stop].T, alpha=sign)
-    return lower_NN
+        block = lower_MNN[:, start:, start:stop]
+        block.baddbmm_(factor_MNK[:, start:], factor_MNK[:, start:stop].mT, alpha=sign)
+    return lower_MNN
 
 
 def _middle(one: float, other: float) -> float | None:
@@ -252,13 +284,8 @@ def _without_noise(eigenvalues: Tensor, largest: Tensor) -> Tensor:
     return torch.where(eigenvalues > _ZERO**2 * largest, eigenvalues, 0.0)
 
 
-def _work(size: int, dtype: torch.dtype) -> int:
-    """Return how many bytes it takes to find the eigenvalues of a Gram matrix."""
-    return _WORK * size**2 * max(dtype.itemsize, 4)
-
-
-def _complement(kept_K: Tensor, rows: int) -> Tensor:
-    """Return the rows that are not kept."""
-    is_dropped_F = torch.ones(rows, dtype=torch.bool, device=kept_K.device)
-    is_dropped_F[kept_K] = False
-    return is_dropped_F.nonzero()[:, 0]
+def _complement(kept_MK: Tensor, rows: int) -> Tensor:
+    """Return the rows `(M, F - K)` that are not kept."""
+    is_dropped_MF = torch.ones(len(kept_MK), rows, dtype=torch.bool, device=kept_MK.device)
+    is_dropped_MF.scatter_(1, kept_MK, False)
+    return is_dropped_MF.nonzero()[:, 1].view(len(kept_MK), -1)
