@@ -1,7 +1,7 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -382,8 +382,8 @@ class PolicyPruner:
                 "`yopo.prune_checkpoint(source, target, ratio, pruner=…)`."
             )
         budget = self.budget(ratio, ratio_of=ratio_of, parameters=parameters, bytes=bytes)
-        decision = self.decide(model, budget, layers=layers, sample=sample)
         ffns = self._find(model)
+        decision = self.decide(model, budget, layers=layers, sample=sample, ffns=ffns)
         with interrupts_held():
             apply_plan(model, decision.plan, ffns=ffns)
             write_restored(ffns, decision.restored)
@@ -433,6 +433,7 @@ class PolicyPruner:
         sample: bool | None = None,
         restore: bool | None = None,
         put_away: Callable[[str, Restored], None] | None = None,
+        ffns: Sequence[Ffn] | None = None,
     ) -> Decision:
         """Return what `prune` would do: the plan, and the re-solved contract matrices.
 
@@ -445,6 +446,7 @@ class PolicyPruner:
             put_away: Gets each re-solved matrix with its FFN's name as soon as it is there, by the
                 rank that has made it. They are not returned then, so that no more than one of them
                 is held.
+            ffns: What there is to cut, if the caller has found and checked it already.
 
         Raises:
             NotFittedError: As `plan`.
@@ -454,7 +456,7 @@ class PolicyPruner:
         """
         recipe, evidence = self._recipe, self._evidence
         self._check_sample(sample)
-        ffns = self._find(model)
+        ffns = self._find(model) if ffns is None else ffns
         selected = selected_layers(ffns, layers)
         chosen = [ffn for ffn in ffns if selected[ffn.name]]
         losses = None
