@@ -16,7 +16,7 @@ from yopo.allocation import Spread
 from yopo.budget import Budget, RatioOf, Widths
 from yopo.checkpoint import open_checkpoint
 from yopo.decision import Decision, decide, weigh_losses, write_restored
-from yopo.errors import InvalidArgumentError, NotFittedError
+from yopo.errors import InvalidArgumentError, NotFittedError, UnsupportedModelError
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
@@ -514,6 +514,11 @@ class PolicyPruner:
         """Return what the recipe cuts: the FFNs, and the heads in the attention variant."""
         self._require_policy()
         ffns = find_ffns(model)
+        if self._recipe.attention and model in SOURCES:
+            raise UnsupportedModelError(
+                "`attention=True` cuts heads, which are not read from a checkpoint on disk. Load "
+                "the model with its weights, or use `attention=False`."
+            )
         check_weights(ffns)
         return ffns + find_attention_units(model) if self._recipe.attention else ffns
 

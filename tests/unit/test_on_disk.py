@@ -486,6 +486,14 @@ def test_a_policy_that_was_fitted_elsewhere_prunes_a_folder(tmp_path):
     assert_equal_folders(tmp_path / "target", expected)
 
 
+def test_heads_are_refused_on_a_folder(tmp_path):
+    source = save(build("llama"), tmp_path / "source")
+    pruner = PolicyPruner.prunenet(episodes=1, attention=True).fit(source)
+    with pytest.raises(UnsupportedModelError, match="cuts heads, which are not read"):
+        yopo.prune_checkpoint(source, tmp_path / "target", RATIO, pruner=pruner)
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.parametrize(
     "reward",
     ["output", "divergence", lambda model, draws: 1 / 0],
