@@ -31,10 +31,17 @@ Decided = tuple[str, Tensor, Restored | None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """Hold a plan, and the contract matrices that go with it, by FFN; none where none was asked."""
+    """Hold a plan, and the contract matrices that go with it, by FFN; none where none was asked.
+
+    Attributes:
+        plan: Which rows stay.
+        restored: The contract matrices.
+        ffns: What was decided on.
+    """
 
     plan: PruningPlan
     restored: Mapping[str, Restored]
+    ffns: Sequence[Ffn]
 
 
 def weigh_losses(model: nn.Module, ffns: Sequence[Ffn], evidence: Evidence) -> dict[str, Losses]:
@@ -86,13 +93,13 @@ def decide(
         losses=losses,
     )
     found: dict[str, tuple[Tensor, Restored | None]] = {}
-    total = len(own(_cut(ffns, widths)))
-    for name, kept_K, new in with_progress(made, "decide", total=total, unit="FFN"):
+    cut = [ffn.name for ffn in _cut(ffns, widths)]
+    mine = own(cut)
+    for name, kept_K, new in with_progress(made, "decide", total=len(mine), unit="FFN"):
         if new is not None and put_away is not None:
             put_away(name, new)
         found[name] = kept_K, None if put_away is not None else new
-    cut = [ffn.name for ffn in _cut(ffns, widths)]
-    decided = dict(zip(cut, gather([found[name] for name in own(cut)]), strict=True))
+    decided = dict(zip(cut, gather([found[name] for name in mine]), strict=True))
     kept = {
         ffn.name: decided[ffn.name][0]
         if ffn.name in decided
@@ -103,6 +110,7 @@ def decide(
     return Decision(
         PruningPlan(kept=kept, rows=rows, ratio=ratio),
         {name: new for name, (_, new) in decided.items() if new is not None},
+        ffns,
     )
 
 

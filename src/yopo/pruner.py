@@ -1,7 +1,7 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -247,12 +247,12 @@ class PolicyPruner:
                 f"the policy in `{path}` was fitted on your tokens, which it does not hold: pass "
                 "them as `evidence`, or a way to do without, such as `evidence='self'`."
             )
-        if policy.recipe.method == "lean" and evidence is not None:
-            given = "tokens" if isinstance(evidence, Tensor) else evidence
-            policy = replace(policy, recipe=replace(policy.recipe, evidence=given))
-        recipe = (
-            policy.recipe if allocation is None else replace(policy.recipe, allocation=allocation)
-        )
+        changes: dict[str, Any] = {}
+        if evidence is not None:
+            changes["evidence"] = "tokens" if isinstance(evidence, Tensor) else evidence
+        if allocation is not None:
+            changes["allocation"] = allocation
+        recipe = replace(policy.recipe, **changes)
         pruner = cls._with_recipe(recipe, evidence)
         pruner._policy = replace(policy, recipe=recipe)
         return pruner
@@ -382,11 +382,10 @@ class PolicyPruner:
                 "`yopo.prune_checkpoint(source, target, ratio, pruner=…)`."
             )
         budget = self.budget(ratio, ratio_of=ratio_of, parameters=parameters, bytes=bytes)
-        ffns = self._find(model)
-        decision = self.decide(model, budget, layers=layers, sample=sample, ffns=ffns)
+        decision = self.decide(model, budget, layers=layers, sample=sample)
         with interrupts_held():
-            apply_plan(model, decision.plan, ffns=ffns)
-            write_restored(ffns, decision.restored)
+            apply_plan(model, decision.plan, ffns=decision.ffns)
+            write_restored(decision.ffns, decision.restored)
         return model
 
     @property
@@ -433,7 +432,6 @@ class PolicyPruner:
         sample: bool | None = None,
         restore: bool | None = None,
         put_away: Callable[[str, Restored], None] | None = None,
-        ffns: Sequence[Ffn] | None = None,
     ) -> Decision:
         """Return what `prune` would do: the plan, and the re-solved contract matrices.
 
@@ -446,7 +444,6 @@ class PolicyPruner:
             put_away: Gets each re-solved matrix with its FFN's name as soon as it is there, by the
                 rank that has made it. They are not returned then, so that no more than one of them
                 is held.
-            ffns: What there is to cut, if the caller has found and checked it already.
 
         Raises:
             NotFittedError: As `plan`.
@@ -456,7 +453,7 @@ class PolicyPruner:
         """
         recipe, evidence = self._recipe, self._evidence
         self._check_sample(sample)
-        ffns = self._find(model) if ffns is None else ffns
+        ffns = self._find(model)
         selected = selected_layers(ffns, layers)
         chosen = [ffn for ffn in ffns if selected[ffn.name]]
         losses = None

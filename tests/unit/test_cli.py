@@ -105,6 +105,21 @@ def test_by_default_a_folder_is_pruned_from_disk_and_equals_the_lean_recipe_in_m
         assert torch.equal(weight, found[name]), name
 
 
+@pytest.mark.parametrize(("named", "loads"), [("weights", False), ("self", True)])
+def test_the_evidence_named_beside_a_policy_decides_whether_the_model_is_loaded(
+    saved, tmp_path, monkeypatch, named, loads
+):
+    other = {"weights": "self", "self": "weights"}[named]
+    policy = tmp_path / "policy"
+    yopo.PolicyPruner(evidence=other).fit(yopo.load(saved)).save_policy(policy)
+    loaded = []
+    monkeypatch.setattr("yopo.cli.load", lambda *a, **k: loaded.append(a) or yopo.load(*a, **k))
+    output = tmp_path / "pruned"
+    arguments = ["--policy", str(policy), "--evidence", named]
+    assert main(["prune", saved, "--output", str(output), *arguments]) == 0
+    assert bool(loaded) == loads
+
+
 def test_an_interrupt_ends_the_command_quietly(saved, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
