@@ -5,7 +5,8 @@
 
 Each rank has one thread. Starts them with torchrun, in turn, several times, and writes
 results/ranks.json and .md: seconds of `fit` alone, by the slowest rank, and whether all ranks and
-runs end with the same policy, bit for bit.
+runs end with the same policy, bit for bit. Beside them, what the machine's cores can do at all: as
+many processes at once that know nothing of one another, and each do the work of all ranks.
 """
 
 import argparse
@@ -60,32 +61,44 @@ def fit(shape: str, episodes: int) -> None:
     distributed.destroy_process_group()
 
 
-def run(shape: str, episodes: int, ranks: int) -> list[dict[str, Any]]:
-    """Train with so many ranks, and return what each says."""
+def run(shape: str, episodes: int, ranks: int, *, runs: int = 1) -> list[dict[str, Any]]:
+    """Train with so many ranks, in so many runs at once, and return what each rank says."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", __file__, "--child", shape, str(episodes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(runs)
+    ]
+    lines = [line for process in started for line in process.communicate()[0].splitlines()]
+    if any(process.returncode for process in started):
+        raise SystemExit("a rank has failed")
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return the page of all results."""
-    table = [["shape", "machine", "ranks", "s", "runs", "times faster than one rank"]]
-    for row in rows:
-        medians = {n: statistics.median(seconds) for n, seconds in row["seconds"].items()}
-        for ranks, seconds in row["seconds"].items():
-            runs = " / ".join(f"{value:.2f}" for value in seconds)
-            faster = f"{medians[min(medians)] / medians[ranks]:.2f}"
-            table.append(
-                [row["shape"], row["machine"], ranks, f"{medians[ranks]:.2f}", runs, faster]
-            )
-    same = all(row["policies"] == 1 for row in rows)
-    told = "All ranks of all runs end" if same else "NOT all ranks of all runs end"
+def page(row: dict[str, Any]) -> str:
+    """Return the page of the results."""
+    one = statistics.median(row["seconds"]["1"])
+    table = [["ranks", "s", "runs", "times faster than one rank", "what the cores can do"]]
+    for ranks, seconds in row["seconds"].items():
+        apart = row["seconds_apart"].get(ranks)
+        table.append(
+            [
+                ranks,
+                f"{statistics.median(seconds):.2f}",
+                " / ".join(f"{value:.2f}" for value in seconds),
+                f"{one / statistics.median(seconds):.2f}",
+                f"{int(ranks) * one / statistics.median(apart):.2f}" if apart else "–",
+            ]
+        )
+    told = "All ranks of all runs end" if row["policies"] == 1 else "NOT all ranks end"
     return (
-        "# Several processes\n\nSeconds of `PolicyPruner.prunenet().fit(model)`, 20 episodes, by "
-        "the slowest of the ranks, each with one thread (`python benchmarks/ranks.py`). "
-        f"{told} with the same policy, bit for bit.\n\n{format_table(table)}\n"
+        f"# Several processes\n\nSeconds of `PolicyPruner.prunenet().fit(model)` at the shape of "
+        f"{row['shape']}, {row['episodes']} episodes, by the slowest of the ranks, each with one "
+        f"thread, on {row['machine']} (`python benchmarks/ranks.py`). {told} with the same policy, "
+        "bit for bit.\n\nThe last column is the same for as many processes at once that know "
+        "nothing of one another: cores share memory, and caches with whatever else the host "
+        f"runs.\n\n{format_table(table)}\n"
     )
 
 
@@ -102,23 +115,27 @@ def main() -> None:
         fit(arguments.child[0], int(arguments.child[1]))
         return
     seconds: dict[str, list[float]] = {str(ranks): [] for ranks in arguments.ranks}
+    apart: dict[str, list[float]] = {str(ranks): [] for ranks in arguments.ranks if ranks > 1}
     policies = set()
     for _ in range(arguments.repeats):
-        for ranks in arguments.ranks:
-            told = run(arguments.shape, arguments.episodes, ranks)
-            seconds[str(ranks)].append(max(answer["seconds"] for answer in told))
+        for ranks, runs in [(n, 1) for n in arguments.ranks] + [(1, int(n)) for n in apart]:
+            told = run(arguments.shape, arguments.episodes, ranks, runs=runs)
+            slowest = max(answer["seconds"] for answer in told)
+            (apart[str(runs)] if runs > 1 else seconds[str(ranks)]).append(slowest)
             policies |= {answer["policy"] for answer in told}
-            print(ranks, told, flush=True)
+            print(f"{runs} runs of {ranks} ranks: {slowest:.2f} s", flush=True)
     torch.set_num_threads(1)
     row = {
         "shape": arguments.shape,
+        "episodes": arguments.episodes,
         "machine": machine(torch.device("cpu")),
         "seconds": seconds,
+        "seconds_apart": apart,
         "policies": len(policies),
     }
     keep_result("ranks", [row])
-    (RESULTS / "ranks.md").write_text(page([row]), encoding="utf-8")
-    print(page([row]))
+    (RESULTS / "ranks.md").write_text(page(row), encoding="utf-8")
+    print(page(row))
 
 
 if __name__ == "__main__":

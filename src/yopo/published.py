@@ -9,7 +9,8 @@ but the cost: the copies of the model, the singular vectors, the product with a 
 Log-odds replace probabilities, so that log(0) cannot happen.
 
 The draws of an episode depend on nothing that the episode learns, so all layers are drawn and
-measured at once, on all threads and ranks. The steps that follow are one after another.
+measured at once, on all threads and ranks. The steps that follow are one after another, each of
+them shared out by the scorer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +44,13 @@ def learn_as_published(
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     spectra = spectra_of([ffn.gate for ffn in own(ffns)], keep_grams=not ffns[0].is_on_disk)
-    with ffns[0].gate() as gate_FD:
-        (rows, columns), device = gate_FD.shape, gate_FD.device
-    scorer = PruneNetScorer(columns, rows, generator=generator).to(device)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=recipe.learning_rate, fused=True)
+    scorer = PruneNetScorer(
+        ffns[0].expand_weights()[0].shape[1],
+        ffns[0].rows,
+        generator=generator,
+        learning_rate=recipe.learning_rate,
+        device=ffns[0].device,
+    )
     for number in range(recipe.episodes):
         # Every rank draws the noise of every layer, so that all generators stay abreast.
         noise = [uniform_noise((2, ffn.rows), generator=generator) for ffn in ffns]
@@ -60,19 +64,18 @@ def learn_as_published(
         ks_L = torch.cat(ks)
         reward_L = spectral_reward(ks_L)
         noise = [uniform_noise((ffn.rows,), generator=generator) for ffn in ffns]
-        losses, norms = on_one_thread(
-            partial(
-                _take_steps,
-                ffns,
-                scorer,
-                optimizer,
-                drawn=drawn,
-                noise=noise,
-                returns=discounted(reward_L, recipe.discount).tolist(),
-                kl=recipe.kl,
-            )
-        )
-        vector_D, constant = (value.detach() for value in on_one_thread(scorer.collapsed))
+        returns = discounted(reward_L, recipe.discount).tolist()
+        losses, norms = [], []
+        for ffn, kept_K, noise_F, value in zip(ffns, drawn, noise, returns, strict=True):
+            with ffn.gate() as gate_FD:
+                log_odds_F = scorer.log_odds(gate_FD)
+                loss, gradient_F = on_one_thread(
+                    partial(_gradient, log_odds_F, kept_K, noise_F, value, kl=recipe.kl)
+                )
+                gradient_E = scorer.gradient(gate_FD, gradient_F)
+            losses.append(loss)
+            norms.append(scorer.step(gradient_E))
+        vector_D, constant = scorer.collapsed_E[:-1].clone(), scorer.collapsed_E[-1].clone()
         episode = Episode(
             number, tuple(losses), tuple(reward_L.tolist()), tuple(norms), tuple(ks_L.tolist())
         )
@@ -84,54 +87,26 @@ def _draw(scorer: PruneNetScorer, draw: tuple[Ffn, int, Tensor]) -> Tensor:
     """Return the rows `(K,)` that the policy draws, ascending."""
     ffn, keep, (keep_noise_F, draw_noise_F) = draw
     with ffn.gate() as gate_FD:
-        noisy_F = noisy_log_odds(scorer(gate_FD.float()), keep_noise_F)
+        noisy_F = noisy_log_odds(scorer.log_odds(gate_FD), keep_noise_F)
     return rows_drawn_by(draw_noise_F[None], logsigmoid(noisy_F), keep=keep)[0].sort().values
 
 
-def _take_steps(
-    ffns: Sequence[Ffn],
-    scorer: PruneNetScorer,
-    optimizer: torch.optim.Optimizer,
-    *,
-    drawn: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    returns: Sequence[float],
-    kl: bool,
-) -> tuple[list[float], list[float]]:
-    """Take a step for each layer, and return their losses and the norms of their gradients.
-
-    Every rank takes all of them: what a step costs is less than to wait for one another in each.
+def _gradient(
+    log_odds_F: Tensor, kept_K: Tensor, noise_F: Tensor, value: float, *, kl: bool
+) -> tuple[float, Tensor]:
+    """Return the loss of one layer, and its gradient at the log-odds.
 
     Args:
-        ffns: The layers.
-        scorer: What is trained.
-        optimizer: Its optimiser.
-        drawn: Drawn rows `(K,)` of each layer.
-        noise: Uniform noise `(F,)` of each layer.
-        returns: Discounted reward of each layer.
+        log_odds_F: Log-odds of keeping.
+        kept_K: Drawn rows.
+        noise_F: Uniform noise.
+        value: Discounted reward.
         kl: Whether to add the published regulariser.
     """
-    losses, norms = [], []
-    for ffn, kept_K, noise_F, value in zip(ffns, drawn, noise, returns, strict=True):
-        loss, vector_D, constant = _gradients(ffn, scorer, kept_K, noise_F, value, kl=kl)
-        norms.append(scorer.set_gradients(vector_D, constant))
-        losses.append(loss)
-        optimizer.step()
-    return losses, norms
-
-
-def _gradients(
-    ffn: Ffn, scorer: PruneNetScorer, kept_K: Tensor, noise_F: Tensor, value: float, *, kl: bool
-) -> tuple[float, Tensor, Tensor]:
-    """Return the loss of one layer, and its gradients at the scorer's v `(D,)` and c."""
-    with ffn.gate() as gate_FD:
-        wide_FD = gate_FD.float()
-        with torch.no_grad():
-            log_odds_F = scorer(wide_FD)
-        log_odds_F.requires_grad_()
-        log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, noise_F))
-        loss = told = -log_keep_F[kept_K].sum() * value
-        if kl:
-            loss = loss + kl_to_fair_coin(log_odds_F)
-        (gradient_F,) = torch.autograd.grad(loss, log_odds_F)
-        return told.item(), gradient_F @ wide_FD, gradient_F.sum()
+    log_odds_F.requires_grad_()
+    log_keep_F = logsigmoid(noisy_log_odds(log_odds_F, noise_F))
+    loss = told = -log_keep_F[kept_K].sum() * value
+    if kl:
+        loss = loss + kl_to_fair_coin(log_odds_F)
+    (gradient_F,) = torch.autograd.grad(loss, log_odds_F)
+    return told.item(), gradient_F

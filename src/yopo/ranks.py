@@ -8,7 +8,8 @@ their number. Without `torchrun` there is one rank, and it owns everything.
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
 
 from yopo.errors import InvalidArgumentError
 
@@ -47,6 +48,26 @@ def gather(found: Sequence[Piece]) -> list[Piece]:
     shares: list[Any] = [None] * count
     distributed.all_gather_object(shares, list(found))
     return [shares[n % count][n // count] for n in range(sum(map(len, shares)))]
+
+
+def gather_vectors(found: Sequence[Tensor], *, pieces: int, size: int) -> list[Tensor]:
+    """Return what `gather` returns, at less cost, where it is vectors of one size.
+
+    Args:
+        found: What this rank has found, one for each of its own pieces, each `(size,)` in float32.
+        pieces: How many all ranks have found.
+        size: Numbers of a vector.
+    """
+    _, count = rank_and_count()
+    if count == 1:
+        return list(found)
+    device = "cpu" if "cpu" in distributed.get_backend_config() else "cuda"
+    mine = torch.zeros(-(-pieces // count), size, device=device, dtype=torch.float32)
+    for number, vector in enumerate(found):
+        mine[number] = vector
+    shares = [torch.empty_like(mine) for _ in range(count)]
+    distributed.all_gather(shares, mine)
+    return [shares[n % count][n // count] for n in range(pieces)]
 
 
 def check_agreement(job: str, *arguments: object) -> None:

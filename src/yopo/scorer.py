@@ -1,34 +1,104 @@
-"""The published network from rows to log-odds of keeping.
+"""The published network from rows to log-odds of keeping, and how it moves.
 
-Shapes: F rows of the scored matrix, D its columns, N hidden units of the network.
+Shapes: F rows of the scored matrix, D its columns, E = D + 1, N hidden units of the network.
 
 PruneNet's scorer is a linear map D → N, a linear map N → 1 and a sigmoid. Nothing non-linear lies
 between the maps, so the log-odds of row w are w · v + c with v = Aᵀs and c = b · s: one vector and
 one scalar, whatever N is. Training moves A, b and s, whose AdamW steps v and c alone would not
 repeat; scoring, and the saved policy, need only v and c.
+
+AdamW moves each number by itself. So A and b are held as one matrix [A b], v and c as one vector,
+and hidden units are moved in blocks, by all threads and ranks; only v and c are told around. The
+gradient s ⊗ ∂v of A is as large as A: it is made for one block at a time.
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
+from yopo.parallel import map_on_threads
+from yopo.ranks import gather_vectors, own
 from yopo.sampling import uniform_noise
 
+_UNITS, _UNITS_OF_ACCELERATOR = 512, 4096
+"""Hidden units of a block: few enough to stay near a core, enough to fill an accelerator."""
 
-class PruneNetScorer(nn.Module):
-    """Score rows of width D as published (arXiv 2501.15296), at the cost of two products.
+_CHUNK = 1024
+"""Rows that are widened at a time."""
+
+
+class HiddenUnits:
+    """Hold some hidden units of a scorer, and the optimiser that moves them.
+
+    Args:
+        weight_NE: Their rows of [A b].
+        row_vector_N: Their entries of s.
+        learning_rate: AdamW's.
+    """
+
+    def __init__(self, weight_NE: Tensor, row_vector_N: Tensor, *, learning_rate: float) -> None:
+        """Make them trainable."""
+        self.weight_NE = nn.Parameter(weight_NE)
+        self.row_vector_N = nn.Parameter(row_vector_N)
+        parameters = [self.weight_NE, self.row_vector_N]
+        self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
+
+    @torch.no_grad()
+    def collapsed(self) -> Tensor:
+        """Return their part of v and c, `(E,)`."""
+        return self.row_vector_N @ self.weight_NE
+
+    @torch.no_grad()
+    def set_gradients(self, gradient_E: Tensor) -> Tensor:
+        """Set their gradients to what one of v and c makes them; return the squared norm."""
+        self.weight_NE.grad = torch.outer(self.row_vector_N, gradient_E)
+        self.row_vector_N.grad = self.weight_NE @ gradient_E
+        norms = [self.row_vector_N.norm() * gradient_E.norm(), self.row_vector_N.grad.norm()]
+        return torch.stack(norms).square().sum()
+
+    def step(self, gradient_E: Tensor) -> Tensor:
+        """Take a step of AdamW down a gradient of v and c.
+
+        Returns:
+            `(E + 1,)`: their part of v and c, and the squared norm of the gradients.
+        """
+        squared_norm = self.set_gradients(gradient_E)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return torch.cat([self.collapsed(), squared_norm[None]])
+
+
+class PruneNetScorer:
+    """Score rows of width D as published (arXiv 2501.15296), at the cost of one product.
+
+    Where several ranks work together each holds some of the hidden units, and all know v and c.
 
     Args:
         columns: D, the width of the scored matrices.
         hidden: N; the reference uses the number of rows.
         generator: Source of the initial values, distributed as the reference's.
+        learning_rate: AdamW's.
+        device: Where the hidden units are.
+
+    Attributes:
+        units: The hidden units of this rank, in blocks.
+        collapsed_E: v and c.
     """
 
-    def __init__(self, columns: int, hidden: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        columns: int,
+        hidden: int,
+        *,
+        generator: torch.Generator,
+        learning_rate: float,
+        device: torch.device,
+    ) -> None:
         """Draw A and b as `nn.Linear` does, and s uniform in [0, 1)."""
-        super().__init__()
         bound = columns**-0.5
 
         def uniform(*shape: int) -> Tensor:
@@ -36,45 +106,57 @@ class PruneNetScorer(nn.Module):
                 shape, generator=generator, device=generator.device, dtype=torch.float32
             )
 
-        self.weight_ND = nn.Parameter(uniform(hidden, columns).mul_(2).sub_(1).mul_(bound))
-        self.bias_N = nn.Parameter(uniform(hidden).mul_(2).sub_(1).mul_(bound))
-        self.row_vector_N = nn.Parameter(uniform(hidden))
+        weight_ND = uniform(hidden, columns).mul_(2).sub_(1).mul_(bound)
+        bias_N = uniform(hidden).mul_(2).sub_(1).mul_(bound)
+        row_vector_N = uniform(hidden)
+        size = _UNITS if device.type == "cpu" else _UNITS_OF_ACCELERATOR
+        blocks = [slice(start, start + size) for start in range(0, hidden, size)]
+        self._blocks, self._size, self._device = len(blocks), columns + 2, device
+        self.units = [
+            HiddenUnits(
+                torch.cat([weight_ND[block], bias_N[block, None]], dim=1).to(device),
+                row_vector_N[block].clone().to(device),
+                learning_rate=learning_rate,
+            )
+            for block in own(blocks)
+        ]
+        parts = map_on_threads(HiddenUnits.collapsed, self.units)
+        self.collapsed_E = self._sum([pad(part_E, (0, 1)) for part_E in parts])[:-1]
 
-    def collapsed(self) -> tuple[Tensor, Tensor]:
-        """Return v `(D,)` and c, differentiable."""
-        return self.row_vector_N @ self.weight_ND, self.row_vector_N @ self.bias_N
+    def step(self, gradient_E: Tensor) -> float:
+        """Take a step of AdamW down a gradient of v and c.
 
-    @torch.no_grad()
-    def set_gradients(self, vector_D: Tensor, constant: Tensor) -> float:
-        """Set the gradients of A, b and s to what those of v and c make them; return their norm.
-
-        They are s ⊗ ∂v, s ∂c and A ∂v + b ∂c: written into the tensors that hold them, since
-        memory that is as large as A and new in each step costs as much as the step.
-
-        Args:
-            vector_D: Gradient of v.
-            constant: Gradient of c, a scalar.
+        Returns:
+            The norm of the gradient of A, b and s.
         """
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-        device = self.row_vector_N.device
-        vector_D, constant = vector_D.to(device), constant.to(device)
-        weight_ND, bias_N, row_vector_N = (parameter.grad for parameter in self.parameters())
-        assert weight_ND is not None
-        assert bias_N is not None
-        assert row_vector_N is not None
-        torch.outer(self.row_vector_N, vector_D, out=weight_ND)
-        torch.mul(self.row_vector_N, constant, out=bias_N)
-        torch.addmv(self.bias_N * constant, self.weight_ND, vector_D, out=row_vector_N)
-        length = self.row_vector_N.norm()
-        norms = [length * vector_D.norm(), length * constant, row_vector_N.norm()]
-        return float(torch.stack(norms).norm())
+        found = self._sum(
+            map_on_threads(partial(HiddenUnits.step, gradient_E=gradient_E), self.units)
+        )
+        self.collapsed_E = found[:-1]
+        return float(found[-1].sqrt())
 
-    def forward(self, weight_FD: Tensor) -> Tensor:
+    def log_odds(self, weight_FD: Tensor) -> Tensor:
         """Return the log-odds `(F,)` of keeping each row of `weight_FD`, on its device."""
-        vector_D, constant = (value.to(weight_FD.device) for value in self.collapsed())
-        return weight_FD @ vector_D + constant
+        vector_E = self.collapsed_E.to(weight_FD.device)
+        vector_D, constant = vector_E[:-1], vector_E[-1]
+        parts = map_on_threads(
+            lambda part_FD: part_FD.float() @ vector_D, torch.split(weight_FD, _CHUNK)
+        )
+        return torch.cat(parts) + constant
+
+    @staticmethod
+    def gradient(weight_FD: Tensor, gradient_F: Tensor) -> Tensor:
+        """Return the gradient `(E,)` of v and c, given that of the log-odds of some rows."""
+        parts = map_on_threads(
+            lambda pair: torch.cat([pair[0] @ pair[1].float(), pair[0].sum()[None]]),
+            zip(torch.split(gradient_F, _CHUNK), torch.split(weight_FD, _CHUNK), strict=True),
+        )
+        return reduce(torch.add, parts)
+
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the sum of what all blocks give, in one order however many ranks there are."""
+        found = gather_vectors(parts, pieces=self._blocks, size=self._size)
+        return reduce(torch.add, found).to(self._device)
 
 
 def noisy_log_odds(

@@ -52,6 +52,8 @@ for kind in ("llama", "opt", "qwen2_moe"):
             continue  # experts of two widths
         tensors = job(build(kind, num_hidden_layers=3))
         found |= {f"{kind} {job.__name__} {n}": t.detach().clone() for n, t in tensors.items()}
+wide = published(build("opt", ffn_dim=1100))  # the scorer's hidden units are in three blocks
+found |= {f"wide {n}": t.detach().clone() for n, t in wide.items()}
 for kind, pruner in (
     ("llama", yopo.PolicyPruner.lean()),
     ("qwen2_moe", yopo.PolicyPruner.lean(seed=1)),
