@@ -11,7 +11,6 @@ own mean square, "stream, measured" as a share of the mean square of the decoder
 and "measured KL" by how much a layer cut by 0.3 alone changes the model's predictions.
 """
 
-import argparse
 import copy
 import math
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import yopo
-from common import RESULTS, Subject, keep_result, kept_rows, quiet, subjects
+from common import Subject, measure_subjects
 from yopo import criteria
 from yopo.allocation import Losses, Spread
 from yopo.decision import decide, weigh_losses, write_restored
@@ -191,20 +190,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--models", nargs="+")
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    quiet()
-    rows = kept_rows("allocation")
-    for subject in subjects():
-        if arguments.models is None or subject.name in arguments.models:
-            rows = [row for row in rows if row["model"] != subject.name]
-            rows += measure(subject, arguments.ratios)
-            keep_result("allocation", rows)
-            (RESULTS / "allocation.md").write_text(tables(rows), encoding="utf-8")
+    measure_subjects("allocation", __doc__ or "", RATIOS, measure=measure, page=tables)
 
 
 if __name__ == "__main__":

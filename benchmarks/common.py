@@ -1,9 +1,10 @@
 """What the benchmarks share: models to measure on, their texts, and how a result is kept."""
 
+import argparse
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,39 @@ def subjects(windows: int = 32) -> Iterator[Subject]:
                 for part in ("test", "valid")
             )
             yield _subject(name, path, test[:400_000], real[:400_000], windows)
+
+
+def measure_subjects(
+    name: str,
+    told: str,
+    ratios: Sequence[float],
+    *,
+    measure: Callable[[Subject, list[float]], Iterable[dict[str, Any]]],
+    page: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Measure on each model that the command line names, and write `results/{name}.json` and .md.
+
+    Args:
+        name: Name of the result.
+        told: What the benchmark is; its first line is shown as help.
+        ratios: Those to measure where the command line names none.
+        measure: Gives the rows of one model.
+        page: Makes a page of all rows.
+    """
+    parser = argparse.ArgumentParser(description=told.split("\n", 1)[0])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(ratios))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quiet()
+    rows = kept_rows(name)
+    for subject in subjects():
+        if arguments.models is None or subject.name in arguments.models:
+            rows = [row for row in rows if row["model"] != subject.name]
+            rows += measure(subject, arguments.ratios)
+            keep_result(name, rows)
+            (RESULTS / f"{name}.md").write_text(page(rows), encoding="utf-8")
 
 
 def keep_result(name: str, rows: list[dict[str, Any]]) -> None:

@@ -11,17 +11,14 @@ random rows lose: 0 is dense, 1 is random. All methods keep int((1 - ratio) n) r
 `PolicyPruner()`, on text that the model writes itself.
 """
 
-import argparse
 import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 import yopo
-from common import RESULTS, Subject, keep_result, kept_rows, quiet, subjects
+from common import Subject, measure_subjects
 from yopo import criteria
 from yopo.evaluation import perplexity
 from yopo.report import format_table
@@ -114,21 +111,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--models", nargs="+")
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    quiet()
     logging.getLogger("yopo").setLevel(logging.ERROR)
-    rows = kept_rows("lean")
-    for subject in subjects():
-        if arguments.models is None or subject.name in arguments.models:
-            rows = [row for row in rows if row["model"] != subject.name]
-            rows += measure(subject, arguments.ratios)
-            keep_result("lean", rows)
-            (RESULTS / "lean.md").write_text(page(rows), encoding="utf-8")
+    measure_subjects("lean", __doc__ or "", RATIOS, measure=measure, page=page)
 
 
 if __name__ == "__main__":

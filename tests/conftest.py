@@ -1,6 +1,9 @@
 """Small models from configs in memory, the same for every test that asks for the same."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -87,6 +90,26 @@ def assert_same(found, expected):
         assert found[name].shape == tensor.shape, name
         pair = [t.contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor)]
         assert torch.equal(*pair), name
+
+
+def run_python(*arguments, threads="1", **settings):
+    """Run Python in a process of its own, which finds what the tests find and downloads nothing."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **settings,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,6 @@ class Checkpoint:
             weights from the files.
         ffns: Those FFNs.
         runs: What tensors on disk hold rows of, by their names.
-        axes: How rows lie in parameters.
     """
 
     folder: Path
@@ -41,7 +40,6 @@ class Checkpoint:
     model: Any
     ffns: list[Ffn]
     runs: dict[str, list[Run]]
-    axes: dict[str, Axis]
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -79,7 +77,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
                 "Load the model with transformers, in bfloat16, and save it again."
             )
     SOURCES[model] = _Source(model, stored, runs, axes).given
-    return Checkpoint(folder, shards, model, find_ffns(model), runs, axes)
+    return Checkpoint(folder, shards, model, find_ffns(model), runs)
 
 
 def _downloaded(name: str) -> Path:

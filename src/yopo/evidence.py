@@ -76,7 +76,7 @@ class Evidence:
                 too little memory for the moments of one FFN.
             InvalidArgumentError: If the model cannot read the tokens given.
         """
-        on_disk = any(parameter.is_meta for parameter in model.parameters())
+        on_disk = _is_on_disk(model)
         checksum = token_bytes() if on_disk else _checksum(model)  # what may change is not known
         if checksum != self._checksum:
             self._checksum, self._inputs, self._seen = checksum, {}, {}
@@ -100,8 +100,7 @@ class Evidence:
 
     def _find_inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the model is to read, nothing where weights alone are looked at."""
-        kind = self._kind
-        on_disk = any(parameter.is_meta for parameter in model.parameters())
+        kind, on_disk = self._kind, _is_on_disk(model)
         if kind == "auto" and on_disk:
             logger.warning(
                 "A checkpoint on disk is not run, so it is judged from weights alone. To judge it "
@@ -154,6 +153,10 @@ class Evidence:
 
     def _imagined(self, model: nn.Module, ffns: Sequence[Ffn]) -> dict[str, Moments]:
         return imagine_moments(model, ffns, tokens=SEQUENCES * LENGTH, seed=self._seed)
+
+
+def _is_on_disk(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:

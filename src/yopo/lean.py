@@ -18,7 +18,6 @@ trace, so neither matrix has a condition number above 4T + 1, and float32 serves
 reason 1 - xᵀM⁻¹x is never below 1 / (4T + 1).
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,9 +26,7 @@ from torch import Tensor, nn
 
 from yopo.adapters import Ffn, Slot
 from yopo.imagining import hidden_units
-from yopo.restore import Restored
-
-logger = logging.getLogger(__name__)
+from yopo.restore import Restored, tell_not_restored
 
 INPUTS = 4096
 """How many inputs serve, or as many as the model is wide where that is more."""
@@ -43,9 +40,6 @@ _RIDGE = 1 / 4
 _ROUNDS = 4
 _CHECKED = 8
 """One input out of so many is not fitted, and tells whether the fit holds on others."""
-
-_NEGLIGIBLE = 1e-6
-"""Errors below this are not worth a warning: rows that are always silent leave such."""
 
 _TINY = 1e-30
 
@@ -174,12 +168,7 @@ def restore_units(ffn: Ffn, units_FT: Tensor, *, kept_K: Tensor) -> Restored:
         lost_TD -= new_bias_D.float() - bias_D.float()
     after = float(lost_TD.square().sum() / total)
     if not after < before:
-        if before > _NEGLIGIBLE:
-            logger.warning(
-                "Restoring would not bring the output of `%s` nearer to what it was, so the "
-                "weights of the rows that stay are left as they are.",
-                ffn.name,
-            )
+        tell_not_restored(ffn.name, before)
         bias_D = None if bias_D is None else bias_D.clone()
         return Restored(ffn.contract_weight()[kept_K], bias_D, before, before)
     return Restored(solved_KD, new_bias_D, after, before)

@@ -61,7 +61,8 @@ def gather_vectors(found: Sequence[Tensor], *, pieces: int, size: int) -> list[T
     _, count = rank_and_count()
     if count == 1:
         return list(found)
-    device = "cpu" if "cpu" in distributed.get_backend_config() else "cuda"
+    on_cpu = "cpu" in distributed.get_backend_config()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     mine = torch.zeros(-(-pieces // count), size, device=device, dtype=torch.float32)
     for number, vector in enumerate(found):
         mine[number] = vector

@@ -85,14 +85,24 @@ def restore_contract(
             len(kept_K),
         )
     if not after < before:
-        if before > _NEGLIGIBLE:
-            logger.warning(
-                "Restoring would not bring the output of `%s` nearer to what it was, so the "
-                "weights of the rows that stay are left as they are.",
-                name,
-            )
+        tell_not_restored(name, before)
         return Restored(contract_FD[kept_K.to(contract_FD.device)], bias_D, before, before)
     return Restored(solved_KD, bias, after, before)
+
+
+def tell_not_restored(name: str, error: float) -> None:
+    """Warn that the weights of an FFN are left as they are, unless the error is negligible.
+
+    Args:
+        name: What the log calls the FFN.
+        error: Its error with those weights.
+    """
+    if error > _NEGLIGIBLE:
+        logger.warning(
+            "Restoring would not bring the output of `%s` nearer to what it was, so the weights "
+            "of the rows that stay are left as they are.",
+            name,
+        )
 
 
 def _bias(

@@ -18,7 +18,7 @@ from torch import Tensor
 from yopo.checkpoint import INDEX, WEIGHTS, Checkpoint
 from yopo.plan import PruningPlan
 from yopo.shards import DTYPES, Piece, Stored, read_header
-from yopo.stored import Run, bias_behind
+from yopo.stored import Run
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Rewriting:
         self._runs, self._restored = checkpoint.runs, restored
         names = {id(p): name for name, p in checkpoint.model.named_parameters()}
         kept: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        self._columns_of: dict[tuple[str, int], list[str]] = defaultdict(list)
+        self._columns_of: dict[tuple[str, int], list[str]] = {}
         self._bias_of: dict[tuple[str, int], str] = {}
         self._spare: dict[str, Tensor] = {}
         for ffn in checkpoint.ffns:
@@ -56,8 +56,9 @@ class Rewriting:
             for slot in ffn.slots:
                 kept[names[id(slot.parameter)], slot.expert or 0].append(slot.indices(kept_K))
             expert = ffn.contract.expert or 0
-            self._columns_of[names[id(ffn.contract.parameter)], expert].append(ffn.name)
-            if (bias := bias_behind(ffn.contract)) is not None:
+            part = names[id(ffn.contract.parameter)], expert
+            self._columns_of.setdefault(part, []).append(ffn.name)
+            if (bias := ffn.bias_parameter) is not None:
                 self._bias_of[names[id(bias)], expert] = ffn.name
         self._kept = {part: torch.cat(entries) for part, entries in kept.items()}
         for (name, _), entries in self._kept.items():
@@ -94,8 +95,8 @@ class Rewriting:
             if matrix.dim() == 1:
                 yield matrix[place_K]
             elif solved_KD is not None:
-                solved = solved_KD.to(DTYPES[stored.dtype])
-                yield from _in_parts(solved if run.axis == 0 else solved.T)
+                solved = (solved_KD if run.axis == 0 else solved_KD.T).to(DTYPES[stored.dtype])
+                yield from torch.split(solved, _rows_of_a_part(solved))
             elif run.axis == 0:
                 for part_K in torch.split(place_K, _rows_of_a_part(matrix)):
                     yield matrix.index_select(0, part_K)
@@ -105,7 +106,8 @@ class Rewriting:
 
     def _solved(self, run: Run) -> Tensor | None:
         """Return the re-solved columns of all FFNs whose contract matrices a run holds."""
-        found = [self._restored(ffn) for ffn in self._columns_of[run.parameter, run.expert]]
+        ffns = self._columns_of.get((run.parameter, run.expert), [])
+        found = [self._restored(ffn) for ffn in ffns]
         parts = [pair[0] for pair in found if pair is not None]
         if not parts or len(parts) < len(found):
             return None
@@ -185,7 +187,3 @@ def _write_json(file: Path, document: dict[str, Any]) -> None:
 
 def _rows_of_a_part(matrix: Tensor) -> int:
     return max(1, _PART // max(1, matrix.shape[1] * matrix.element_size()))
-
-
-def _in_parts(matrix: Tensor) -> Iterator[Tensor]:
-    yield from torch.split(matrix, _rows_of_a_part(matrix))

@@ -8,13 +8,13 @@ entry along the axis of rows of a parameter gets a label, and the labels are sen
 Shapes: E experts, N entries along the axis of rows of a parameter.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from yopo.adapters import Ffn, Slot
+from yopo.adapters import Ffn
 from yopo.errors import UnsupportedModelError
 from yopo.shards import Stored
 
@@ -69,16 +69,9 @@ def axes_of(ffns: Iterable[Ffn], names: Mapping[int, str]) -> dict[str, Axis]:
     for ffn in ffns:
         for slot in ffn.slots:
             axes[names[id(slot.parameter)]] = Axis(slot.axis, slot.expert is not None)
-        if (bias := bias_behind(ffn.contract)) is not None:
+        if (bias := ffn.bias_parameter) is not None:
             axes.setdefault(names[id(bias)], Axis(None, ffn.contract.expert is not None))
     return axes
-
-
-def bias_behind(contract: Slot) -> nn.Parameter | None:
-    """Return the parameter that holds the bias of a contract matrix, if there is one."""
-    name = "bias" if contract.name == "weight" else f"{contract.name}_bias"
-    bias = getattr(contract.module, name, None)
-    return bias if isinstance(bias, nn.Parameter) else None
 
 
 def find_runs(
@@ -102,12 +95,13 @@ def find_runs(
     )
     labels: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
+    aliases = _aliases(model)
     for number, name in enumerate(names):
         label = _labels(parameters[name], axes[name], number)
         place = next(
             (
                 other
-                for other in _names_of(model, name)
+                for other in _names_on_disk(model, aliases[id(parameters[name])])
                 if other in stored and stored[other].shape == parameters[name].shape
             ),
             None,
@@ -134,18 +128,27 @@ def find_runs(
     return runs
 
 
-def _names_of(model: nn.Module, name: str) -> list[str]:
-    """Return the names under which a checkpoint may have a parameter, likeliest first.
-
-    Base models and those with a head load one another's checkpoints; tied parameters have several.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    tensors = [
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of each parameter and buffer by its `id`; tied ones have several."""
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
-    ]
-    wanted = next(tensor for other, tensor in tensors if other == name)
-    aliases = [alias for alias, other in tensors if other is wanted]
+    ):
+        aliases.setdefault(id(tensor), []).append(name)
+    return aliases
+
+
+def _names_on_disk(model: nn.Module, aliases: Sequence[str]) -> list[str]:
+    """Return the names under which a checkpoint may have a parameter, likeliest first.
+
+    Base models and those with a head load one another's checkpoints.
+
+    Args:
+        model: The model.
+        aliases: The names that the parameter has in it.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return [
         *aliases,
         *(alias.removeprefix(prefix) for alias in aliases),

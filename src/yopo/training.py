@@ -97,10 +97,7 @@ def _episodes(
 
 def _check_one_width(ffns: Sequence[Ffn]) -> None:
     """Check that the published scorer, a vector of one width, fits every FFN."""
-    widths = []
-    for ffn in ffns:
-        with ffn.gate() as gate_FD:
-            widths.append(gate_FD.shape[1])
+    widths = [ffn.expand_weights()[0].shape[1] for ffn in ffns]
     for ffn, width in zip(ffns, widths, strict=True):
         if width != widths[0]:
             raise PolicyMismatchError(

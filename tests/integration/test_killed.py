@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import yopo
-from conftest import assert_same, build, files_in, save, tensors_in
+from conftest import assert_same, build, files_in, run_python, save, tensors_in
 from yopo import PolicyPruner
 
 WORK = """
@@ -112,30 +112,12 @@ print(json.dumps({"events": events, "found": found, "limited": told}))
 POINTS = 14
 
 
-def run(code, *arguments, **settings):
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **settings,
-    )
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """What was there after each kill, and after the run that followed."""
     if not hasattr(os, "fork"):
         pytest.skip("there is no fork")
-    done = run(WORK, tmp_path_factory.mktemp("killed"), POINTS)
+    done = run_python("-c", WORK, tmp_path_factory.mktemp("killed"), POINTS)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(**json.loads(done.stdout))
 

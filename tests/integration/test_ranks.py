@@ -1,15 +1,11 @@
 """Several processes, started by torchrun, end with what one process finds, bit for bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import yopo
-from conftest import build, files_in, save
+from conftest import build, files_in, run_python, save
 
 WORK = """
 import sys
@@ -69,24 +65,10 @@ save_file(found, f"{sys.argv[1]}-{rank}.safetensors")
 """
 
 
-def start(code, *arguments, ranks, threads="1", **settings):
+def start(code, *arguments, ranks, **settings):
     """Run `code` in one process, or under torchrun in several."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *(launch if ranks else []), code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **settings,
-    )
+    return run_python(*(launch if ranks else []), code, *arguments, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from conftest import CONFIGS, build, files_in, save
 from yopo import InvalidArgumentError, PruningPlan, UnsupportedModelError, find_ffns
 from yopo.adapters import SOURCES
 from yopo.checkpoint import INDEX, open_checkpoint
-from yopo.stored import bias_behind
 
 
 def changed(file, **entries):
@@ -38,7 +37,7 @@ def weights_of(ffn):
     with ffn.loaded():
         found = [*ffn.expand_weights(), ffn.contract_weight()]
         found += [slot.read(ffn.rows) for slot in ffn.vectors]
-        bias = bias_behind(ffn.contract)
+        bias = ffn.bias_parameter
         found += [] if bias is None else [bias.detach()]
         found += [] if ffn.norm is None else [p.detach() for p in ffn.norm.parameters()]
         return [tensor.clone() for tensor in found]

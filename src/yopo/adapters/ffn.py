@@ -134,14 +134,20 @@ class Ffn:
         """Return the columns of the contract matrix as a view `(F, D)`."""
         return self.contract.read(self.rows)
 
-    def contract_bias(self) -> Tensor | None:
-        """Return the bias `(D,)` of the contract matrix as a view, None where it has none."""
+    @property
+    def bias_parameter(self) -> nn.Parameter | None:
+        """Return the parameter with the contract matrix's bias, or None; experts may share it."""
         slot = self.contract
         name = "bias" if slot.name == "weight" else f"{slot.name}_bias"
         bias = getattr(slot.module, name, None)
-        if not isinstance(bias, nn.Parameter):
+        return bias if isinstance(bias, nn.Parameter) else None
+
+    def contract_bias(self) -> Tensor | None:
+        """Return the bias `(D,)` of the contract matrix as a view, None where it has none."""
+        bias, expert = self.bias_parameter, self.contract.expert
+        if bias is None:
             return None
-        return bias.detach() if slot.expert is None else bias.detach()[slot.expert]
+        return bias.detach() if expert is None else bias.detach()[expert]
 
     @property
     def parameters_per_row(self) -> int:
