@@ -34,7 +34,8 @@ from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, quiet, subj
 from cost import cost_of
 from methods import ENTRIES, Entry, Workbench
 from yopo.evaluation import perplexity
-from yopo.report import format_table, plot_perplexities
+from yopo.plots import plot_perplexities
+from yopo.report import format_table
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 COST_RATIO = 0.3

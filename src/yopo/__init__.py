@@ -17,10 +17,13 @@ from yopo.errors import (
     UnsupportedModelError,
     YopoError,
 )
+from yopo.evaluation import TaskReport, evaluate, perplexity, read_text
 from yopo.loading import load
 from yopo.on_disk import prune_checkpoint
 from yopo.plan import PruningPlan
 from yopo.pruner import PolicyPruner
+from yopo.pruning_report import PruningReport
+from yopo.recovery import RecoverySettings, recover
 from yopo.reinforce import Episode
 from yopo.speed import SpeedReport, benchmark
 from yopo.surgery import apply_plan
@@ -38,15 +41,22 @@ __all__ = [
     "PolicyMismatchError",
     "PolicyPruner",
     "PruningPlan",
+    "PruningReport",
+    "RecoverySettings",
     "SpeedReport",
+    "TaskReport",
     "UnsupportedModelError",
     "YopoError",
     "apply_plan",
     "benchmark",
     "criteria",
+    "evaluate",
     "find_ffns",
     "load",
+    "perplexity",
     "plan_by_criterion",
     "prune_checkpoint",
+    "read_text",
+    "recover",
     "register_adapter",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo.adapters import SOURCES, Ffn, find_ffns
+from yopo.adapters import SOURCES, Ffn, check_stored, find_ffns
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.loading import build_on_meta, read_config
 from yopo.shards import DTYPES, Stored, read_header
@@ -52,8 +52,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         InvalidArgumentError: If there is no config, files are missing or damaged, or the class is
             unknown to transformers.
-        UnsupportedModelError: If the weights are pickles, quantised, those of an adapter, stored in
-            a way that transformers would not, or the model cannot be pruned.
+        UnsupportedModelError: If the weights are pickles, quantised, masked, those of an adapter or
+            go with one, are stored in a way that transformers would not, or the model cannot be
+            pruned.
         OSError: If there is no such folder and no such model on the hub.
     """
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source))
@@ -66,6 +67,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             "Prune the unquantised model first, then quantise the result."
         )
     model = build_on_meta(config, model_class, widths, dtype=_dtype(stored.values()))
+    check_stored(model, folder, stored)
     ffns = find_ffns(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     axes = axes_of(ffns, names)

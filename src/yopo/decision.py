@@ -3,6 +3,7 @@
 Shapes: F rows, K kept rows, D model width, T inputs.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from yopo.adapters import Ffn
+from yopo.adapters import Ffn, share_of_zeros
 from yopo.allocation import Losses, ffn_losses
 from yopo.elimination import ffn_elimination_order
 from yopo.evidence import Evidence
@@ -24,6 +25,8 @@ from yopo.restore import Restored, restore_contract
 from yopo.sampling import best_rows, rows_drawn_by, uniform_noise
 from yopo.scorer import noisy_log_odds
 from yopo.writing import with_progress
+
+logger = logging.getLogger(__name__)
 
 Decided = tuple[str, Tensor, Restored | None]
 """The name of an FFN, its kept rows `(K,)`, and its contract matrix where one was asked for."""
@@ -188,6 +191,7 @@ def _decide_by_policy(
         kept_K = _choose(policy, log_odds_F, keep, noise_2F)
         restored = None
         if restore and moments is not None:
+            _warn_of_zeros(ffn)
             restored = restore_contract(
                 moments,
                 ffn.contract_weight(),
@@ -221,6 +225,8 @@ def _decide_lean(
         if ffn.name not in widths:
             return output_TD, None
         kept_K = choose_rows(ffn, units_FT, keep=widths[ffn.name])
+        if restore:
+            _warn_of_zeros(ffn)
         restored = restore_units(ffn, units_FT, kept_K=kept_K) if restore else None
         return output_TD, (ffn.name, kept_K, restored)
 
@@ -239,6 +245,15 @@ def write_restored(ffns: Sequence[Ffn], restored: Mapping[str, Restored]) -> Non
                 bias_D = ffn.contract_bias()
                 if bias_D is not None and new.bias_D is not None:
                     bias_D.copy_(new.bias_D)
+
+
+def _warn_of_zeros(ffn: Ffn) -> None:
+    """Tell whoever prunes a sparse model that re-solving makes it dense."""
+    if share := share_of_zeros(ffn):
+        logger.warning(
+            f"{share:.0%} of the contract matrix of `{ffn.name}` are zeros, which re-solving it "
+            "fills. `restore=False` keeps them; or make the model sparse after pruning."
+        )
 
 
 def _cut(ffns: Sequence[Ffn], widths: Mapping[str, int]) -> list[Ffn]:

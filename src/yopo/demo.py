@@ -14,8 +14,9 @@ from yopo.adapters import find_ffns
 from yopo.criteria import plan_by_criterion
 from yopo.errors import InvalidArgumentError, UnsupportedModelError, YopoError
 from yopo.evaluation import perplexity
+from yopo.plots import plot_perplexities
 from yopo.pruner import PolicyPruner
-from yopo.report import format_table, plot_perplexities, sizes_of
+from yopo.report import format_table, sizes_of
 from yopo.surgery import apply_plan
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -24,6 +25,7 @@ SHOWN = 0.3
 
 _SEEDS = (0, 1, 2)
 _TOKENS = 8192
+_WINDOW = 256
 
 
 def run_demo(model_id: str | None, *, text: Path | None, output: Path) -> None:
@@ -43,7 +45,7 @@ def run_demo(model_id: str | None, *, text: Path | None, output: Path) -> None:
     model, tokenizer = _load(model_id)
     tokens_T = _tokens(tokenizer, text)
     output.mkdir(parents=True, exist_ok=True)
-    dense = perplexity(model, tokens_T)
+    dense = perplexity(model, tokens_T, window=_WINDOW)
     sizes = sizes_of(model, find_ffns(model))
     print(
         f"{model_id or 'the embedded LLaMA'}: {sizes.parameters:,} parameters, "
@@ -105,7 +107,7 @@ def _tokens(tokenizer: Any, text: Path | None) -> Tensor:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidArgumentError(f"`text` cannot be read: {error}.") from error
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-    return torch.tensor(ids[:_TOKENS])
+    return torch.tensor(ids[:_TOKENS], dtype=torch.int64)
 
 
 def _methods(
@@ -120,7 +122,7 @@ def _methods(
         return pruned
 
     def mean(models: list[nn.Module], tokens_T: Tensor) -> float:
-        return sum(perplexity(pruned, tokens_T) for pruned in models) / len(models)
+        return sum(perplexity(pruned, tokens_T, window=_WINDOW) for pruned in models) / len(models)
 
     def random_rows(ratio: float, tokens_T: Tensor) -> float:
         drawn = [by_criterion(criteria.random_rows(seed), ratio) for seed in _SEEDS]

@@ -21,8 +21,8 @@ class PolicyMismatchError(YopoError, ValueError):
 
 
 class PolicyFileError(YopoError, ValueError):
-    """Report a policy or plan on disk that is missing, damaged, foreign or too new."""
+    """Report a policy, plan or report on disk that is missing, damaged, foreign or too new."""
 
 
 class NotFittedError(YopoError, RuntimeError):
-    """Report a pruner that was asked for rows before it had a policy."""
+    """Report a pruner asked for rows before it had a policy, or for a report before it pruned."""

@@ -1,8 +1,8 @@
 """Prune checkpoints on disk, larger than memory or not."""
 
 import errno
-import logging
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -13,19 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from yopo.budget import RatioOf
+from yopo.calls import Verbatim, lasting, written_call
+from yopo.card import set_aside
 from yopo.checkpoint import Checkpoint, open_checkpoint
 from yopo.errors import InvalidArgumentError, YopoError
 from yopo.parallel import map_on_threads
 from yopo.plan import PruningPlan
 from yopo.pruner import PolicyPruner
+from yopo.pruning_report import REPORT_FILE, PruningReport, report_of
 from yopo.ranks import check_agreement, gather, own, rank_and_count
+from yopo.report import Sizes, sizes_of
 from yopo.restore import Restored
 from yopo.rewriting import Rewriting, write_other_files
 from yopo.shards import read_header, write_shard
 from yopo.staging import check_target, staged, staging_folder
 from yopo.surgery import apply_plan, check_plan
-
-logger = logging.getLogger(__name__)
 
 _SPARE = 2**20
 """Bytes that must stay free on the disk."""
@@ -45,6 +47,7 @@ def prune_checkpoint(
     parameters: float | None = None,
     bytes: float | None = None,
     layers: Iterable[int | str] | None = None,
+    command: str | None = None,
 ) -> PruningPlan:
     """Write a pruned copy of a checkpoint, without ever building the model.
 
@@ -52,7 +55,8 @@ def prune_checkpoint(
     written anew: what stays as it is goes from disk to disk, matrices of FFNs are cut a part at a
     time. The result equals, tensor by tensor, the same model loaded, pruned by the same pruner and
     saved; names and shards are those of the source, and every other file of the folder comes along,
-    but for weights in other formats.
+    but for weights in other formats. Beside them lie a model card, `README.md`, and a report,
+    `pruning_report.json`; the card of the source becomes `README.dense.md`.
 
     `target` is there whole or not at all: it is written under another name, and a run that was
     killed is started over by the next. Where `torchrun` has started several processes, each calls
@@ -70,9 +74,10 @@ def prune_checkpoint(
         parameters: As for `PolicyPruner.plan`.
         bytes: As for `PolicyPruner.plan`.
         layers: As for `PolicyPruner.plan`.
+        command: What made the checkpoint, for card and report; by default this call.
 
     Returns:
-        The plan that was applied.
+        The plan that was applied. What was removed is told by `PruningReport.load(target)`.
 
     Raises:
         InvalidArgumentError: If `target` is not empty or lies inside the source, files are missing
@@ -87,6 +92,19 @@ def prune_checkpoint(
     Example:
         >>> plan = yopo.prune_checkpoint("llama", "llama-pruned", 0.3)  # doctest: +SKIP
     """
+    layers = lasting(layers)
+    call = written_call(
+        "yopo.prune_checkpoint",
+        str(source),
+        Verbatim("target"),
+        ratio,
+        pruner=None if pruner is None else Verbatim(pruner),
+        plan=None if plan is None else Verbatim("plan"),
+        ratio_of=None if ratio_of == "ffn" else ratio_of,
+        parameters=parameters,
+        bytes=bytes,
+        layers=layers,
+    )
     source, target = Path(source), Path(target)
     asked = (ratio, pruner, parameters, bytes, layers)
     if plan is not None and (ratio_of != "ffn" or any(value is not None for value in asked)):
@@ -99,12 +117,23 @@ def prune_checkpoint(
     check_agreement("prune_checkpoint", source.absolute(), target.absolute())
     with staged(target) if is_first else nullcontext(staging_folder(target)) as folder:
         gather([None])  # all wait until the folder is there
+        started = time.perf_counter()
         if plan is None:
-            decider = PolicyPruner.lean() if pruner is None else pruner
-            plan = _decide(checkpoint, folder, decider, ratio, ratio_of, parameters, bytes, layers)
-        _write(checkpoint, folder, plan)
+            pruner = PolicyPruner.lean() if pruner is None else pruner
+            plan = _decide(checkpoint, folder, pruner, ratio, ratio_of, parameters, bytes, layers)
+        decided = time.perf_counter()
+        sizes = _write(checkpoint, folder, plan)
+        report = (report_of if pruner is None else pruner.note)(
+            checkpoint.model,
+            plan,
+            sizes=sizes,
+            call=command or call,
+            source=source,
+            seconds={"decide": decided - started, "cut": time.perf_counter() - decided},
+        )
         if is_first:
             shutil.rmtree(folder / _RESTORED, ignore_errors=True)
+            _write_card(folder, report)
     gather([None])  # and until it has its name
     return plan
 
@@ -152,8 +181,10 @@ def _taken_out(folder: Path, name: str) -> tuple[Tensor, Tensor | None] | None:
     return found["contract"], found.get("bias")
 
 
-def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> None:
-    """Write all files, the shards that are this rank's own, and see that all ranks could.
+def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> tuple[Sizes, Sizes]:
+    """Write the files of the model, and return its sizes before and after.
+
+    Of the shards each rank writes its own, and all see whether all could.
 
     Raises:
         YopoError: If another rank could not.
@@ -162,6 +193,9 @@ def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> None:
     check_plan(checkpoint.ffns, plan)
     rewriting = Rewriting(checkpoint, plan, partial(_taken_out, folder / _RESTORED))
     old_config = checkpoint.model.config.to_dict()
+    before, after = (
+        sizes_of(checkpoint.model, checkpoint.ffns, widths) for widths in (None, plan.widths)
+    )
     apply_plan(checkpoint.model, plan, ffns=checkpoint.ffns)  # changes the config
     problem: Exception | None = None
     try:
@@ -179,6 +213,16 @@ def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> None:
         raise YopoError(f"another rank of this run failed: {problems[0]}")
     if rank_and_count()[0] == 0:
         write_other_files(checkpoint, folder, old_config)
+    return before, after
+
+
+def _write_card(folder: Path, report: PruningReport) -> None:
+    """Write card and report; those of the source, which have come along, make room."""
+    own = [folder / "README.md", folder / REPORT_FILE]
+    own += [folder / "report"] if (folder / "report" / "report.json").is_file() else []
+    for path in own:
+        set_aside(path)
+    report.write_card(folder)
 
 
 def _write_shard(checkpoint: Checkpoint, folder: Path, rewriting: Rewriting, file: Path) -> None:

@@ -1,8 +1,9 @@
 """`PolicyPruner`: fit a policy once, prune any model that it fits at any ratio."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -14,17 +15,21 @@ from yopo.adapters import SOURCES, Ffn, check_weights, find_ffns
 from yopo.adapters.attention import find_attention_units
 from yopo.allocation import Spread
 from yopo.budget import Budget, RatioOf, Widths
+from yopo.calls import Verbatim, changed_arguments, lasting, written_call
 from yopo.checkpoint import open_checkpoint
 from yopo.decision import Decision, decide, weigh_losses, write_restored
 from yopo.errors import InvalidArgumentError, NotFittedError, UnsupportedModelError
 from yopo.evidence import Evidence
 from yopo.plan import MultipleOf, PruningPlan, plan_widths, selected_layers
 from yopo.policy import Policy, Recipe
+from yopo.pruning_report import PruningReport, report_of
 from yopo.ranks import check_agreement
 from yopo.reinforce import Episode
+from yopo.report import Sizes, sizes_of
 from yopo.restore import Restored
 from yopo.surgery import apply_plan, interrupts_held
 from yopo.training import ModelReward, train
+from yopo.writing import can_write
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +121,9 @@ class PolicyPruner:
             allocation=allocation,
         )
         self._policy: Policy | None = None
+        self._origin: str | None = None
+        self._fit_seconds: float | None = None
+        self._report: PruningReport | None = None
         self.history: list[Episode] = []
 
     @classmethod
@@ -255,6 +263,10 @@ class PolicyPruner:
         recipe = replace(policy.recipe, **changes)
         pruner = cls._with_recipe(recipe, evidence)
         pruner._policy = replace(policy, recipe=recipe)
+        told = Verbatim("tokens") if isinstance(evidence, Tensor) else evidence
+        pruner._origin = written_call(
+            "yopo.PolicyPruner.from_policy", str(path), evidence=told, allocation=allocation
+        )
         return pruner
 
     def fit(self, model: nn.Module | str | Path) -> Self:
@@ -282,7 +294,7 @@ class PolicyPruner:
         if recipe.episodes or opened not in SOURCES:  # what is on a disk is read but once
             check_weights(ffns)
         episodes = train(opened, ffns, recipe, evidence=self._evidence, own_reward=self._reward)
-        self.history = []
+        self.history, self._origin, started = [], None, time.perf_counter()
         if recipe.episodes == 0:
             self._policy = Policy.at_start(recipe)
             return self
@@ -298,6 +310,7 @@ class PolicyPruner:
                 len(self.history),
                 recipe.episodes,
             )
+        self._fit_seconds = time.perf_counter() - started
         return self
 
     def plan(
@@ -356,7 +369,7 @@ class PolicyPruner:
         """Remove rows from `model` in place, restore what is left, and return it.
 
         The config follows, so `save_pretrained` writes an ordinary checkpoint. Should the cut
-        fail, it does so before the first tensor changes.
+        fail, it does so before the first tensor changes. `report` then tells what was removed.
 
         Args:
             model: As for `plan`.
@@ -381,12 +394,95 @@ class PolicyPruner:
                 f"`model` must be a model in memory, got {str(model)!r}. For files, call "
                 "`yopo.prune_checkpoint(source, target, ratio, pruner=…)`."
             )
+        layers = lasting(layers)
         budget = self.budget(ratio, ratio_of=ratio_of, parameters=parameters, bytes=bytes)
+        started = time.perf_counter()
         decision = self.decide(model, budget, layers=layers, sample=sample)
+        decided = time.perf_counter()
+        plan = decision.plan
+        sizes = sizes_of(model, decision.ffns), sizes_of(model, decision.ffns, plan.widths)
         with interrupts_held():
-            apply_plan(model, decision.plan, ffns=decision.ffns)
+            apply_plan(model, plan, ffns=decision.ffns)
             write_restored(decision.ffns, decision.restored)
+        asked = {"parameters": parameters, "bytes": bytes, "layers": layers, "sample": sample}
+        told = None if ratio_of == "ffn" else ratio_of
+        self.note(
+            model,
+            plan,
+            sizes=sizes,
+            call=written_call(f"{self!r}.prune", Verbatim("model"), ratio, ratio_of=told, **asked),
+            seconds={"decide": decided - started, "cut": time.perf_counter() - decided},
+        )
         return model
+
+    @property
+    def report(self) -> PruningReport:
+        """Return the report of the last cut by this pruner, of a model or of a checkpoint on disk.
+
+        Raises:
+            NotFittedError: If nothing has been pruned yet.
+        """
+        if self._report is None:
+            raise NotFittedError(
+                "there is no report, because this pruner has pruned nothing yet. Call "
+                "`prune(model)`; that of a checkpoint on disk is `PruningReport.load(folder)`."
+            )
+        return self._report
+
+    def note(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        *,
+        sizes: tuple[Sizes, Sizes],
+        call: str,
+        source: str | Path | None = None,
+        seconds: dict[str, float],
+    ) -> PruningReport:
+        """Make the report of a cut by this pruner, for `report`, and return it.
+
+        Args:
+            model: The model that has been cut.
+            plan: What was applied.
+            sizes: Those before and after.
+            call: What made it.
+            source: Where the model was loaded from; by default where its config says.
+            seconds: How long each step took.
+        """
+        recipe, used = self._recipe, {}
+        if recipe.evidence == "auto" and (recipe.restore or recipe.needs_evidence):
+            used["evidence_used"] = "self" if can_write(model) else "weights"
+        fitted = {} if self._fit_seconds is None else {"fit": self._fit_seconds}
+        self._report = report_of(
+            model,
+            plan,
+            sizes=sizes,
+            call=call,
+            source=source,
+            recipe=asdict(recipe) | used,
+            history=self.history,
+            seconds=fitted | seconds,
+        )
+        return self._report
+
+    def __repr__(self) -> str:
+        """Return the call that makes this pruner, and fits it where it has been."""
+        if self._origin is not None:
+            return self._origin
+        recipe = self._recipe
+        values = asdict(recipe)
+        if recipe.episodes == (0 if recipe.reward == "output" else 20):
+            values["episodes"] = None
+        if recipe.reward == "custom":
+            values["reward"] = Verbatim("reward")
+        if recipe.evidence == "tokens":
+            values["evidence"] = Verbatim("tokens")
+        make: Callable[..., PolicyPruner] = PolicyPruner
+        name = "yopo.PolicyPruner"
+        if recipe.method != "features":
+            make, name = getattr(PolicyPruner, recipe.method), f"{name}.{recipe.method}"
+        call = written_call(name, **changed_arguments(make, values) | {"seed": recipe.seed})
+        return f"{call}.fit(model)" if self.is_fitted else call
 
     @property
     def is_fitted(self) -> bool:

@@ -1,16 +1,21 @@
-"""How large a model is, what a plan would leave of it, and tables and plots of results."""
+"""How large a model is, what a plan would leave of it, and the tables that show it.
+
+Shapes: F rows of an FFN, K kept rows.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from yopo.adapters import Ffn
-from yopo.errors import YopoError
+
+_LINES = 100
+"""So many FFNs are listed one by one, more are summed up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,45 +76,136 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def plot_perplexities(
-    path: str | Path,
-    ratios: Sequence[float],
-    perplexities: Mapping[str, Sequence[float]],
-    *,
-    dense: float,
-    title: str,
-) -> None:
-    """Draw perplexity against ratio, a line for each method, and save it as `path`.
+def size_rows(before: Sizes, after: Sizes) -> list[list[str]]:
+    """Return a table of what a model had, has, and has lost."""
+    lines = [
+        ("FFN rows", before.ffn_rows, after.ffn_rows),
+        ("parameters of FFN rows", before.ffn_parameters, after.ffn_parameters),
+        ("all parameters", before.parameters, after.parameters),
+        ("bytes of all parameters", before.bytes, after.bytes),
+    ]
+    return [["", "before", "after", "removed"]] + [
+        [label, f"{old:,}", f"{new:,}", f"{1 - new / old:.2%}" if old else ""]
+        for label, old, new in lines
+    ]
 
-    Methods whose names begin with "calibrated" are dashed. The legend of many lines stands beside
-    the plot, where it covers none.
 
-    Raises:
-        YopoError: If matplotlib is not installed.
+def width_rows(rows: Mapping[str, int], widths: Mapping[str, int]) -> list[list[str]]:
+    """Return a table of the rows of FFNs before and after, a line for each pair of widths.
+
+    Where there would be more than a hundred lines, one tells the range.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise YopoError(
-            'plots need matplotlib: pip install "yopo-prune[plot]" (not "yopo", which is another '
-            "project)."
-        ) from error
-    crowded = len(perplexities) > 6
-    figure = Figure(figsize=(9.0, 4.5) if crowded else (7.0, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(dense, color="0.5", linestyle=":", label="dense")
-    for (name, values), marker in zip(perplexities.items(), cycle("os^vDPX<>"), strict=False):
-        style: dict[str, Any] = {"color": "crimson", "linewidth": 3.0} if name == "yopo" else {}
-        if name.startswith("calibrated"):
-            style["linestyle"] = "--"
-        axes.plot(ratios, values, marker=marker, label=name, **style)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=8)
-    axes.set(xlabel="ratio (share of FFN rows removed)", ylabel="perplexity", title=title)
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if crowded else {}
-    axes.legend(frameon=False, **beside)
-    figure.savefig(path, dpi=150)
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, width in widths.items():
+        groups[rows[name], width].append(name)
+    table = [["FFNs", "", "rows before", "rows after", "removed"]]
+    if len(groups) > _LINES:
+        old, new = (
+            [f"{min(found):,} to {max(found):,}"] for found in (rows.values(), widths.values())
+        )
+        removed = [1 - width / rows[name] for name, width in widths.items()]
+        span = f"{min(removed):.2%} to {max(removed):.2%}"
+        return [*table, [f"{len(widths):,}", span_of(list(widths)), *old, *new, span]]
+    for (before, after), names in groups.items():
+        removed_share = f"{1 - after / before:.2%}"
+        table.append(
+            [f"{len(names):,}", span_of(names), f"{before:,}", f"{after:,}", removed_share]
+        )
+    return table
+
+
+def span_of(names: Sequence[str]) -> str:
+    """Return the first and the last of some names."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def ks_rows(ks: Mapping[str, float]) -> list[list[str]]:
+    """Return a table of the distances of FFNs: their range, and up to a hundred one by one."""
+    least, most = min(ks, key=lambda name: ks[name]), max(ks, key=lambda name: ks[name])
+    table = [["", "FFN", "KS distance"]]
+    if len(ks) > 1:
+        table += [
+            ["least", least, f"{ks[least]:.4f}"],
+            ["mean", "", f"{fmean(ks.values()):.4f}"],
+            ["most", most, f"{ks[most]:.4f}"],
+        ]
+    if len(ks) <= _LINES:
+        table += [[str(n), name, f"{value:.4f}"] for n, (name, value) in enumerate(ks.items())]
+    return table
+
+
+def kept_by_score(kept_K: Tensor, scores_F: Tensor) -> tuple[float, ...]:
+    """Return which share is kept of each tenth of the rows of an FFN, lowest scores first.
+
+    A row on the border of two tenths counts in both, as much as it lies in each.
+
+    Args:
+        kept_K: The kept rows.
+        scores_F: A score for each row; among equal ones, the earlier row counts as the lower.
+    """
+    rows = len(scores_F)
+    is_kept_F = np.zeros(rows)
+    is_kept_F[kept_K.cpu().numpy()] = 1.0
+    order_F = scores_F.cpu().argsort(stable=True).numpy()
+    kept_so_far = np.concatenate([[0.0], is_kept_F[order_F].cumsum()])
+    ends = np.interp(np.linspace(0, rows, 11), np.arange(rows + 1), kept_so_far)
+    return tuple(float(share) for share in np.diff(ends) / (rows / 10))
+
+
+def kept_rows(kept: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Return a table of the shares kept of tenths of the rows, lowest scores first, over FFNs."""
+    table = [["rows by score", "kept", "least", "most"]]
+    for number, shares in enumerate(zip(*kept.values(), strict=True)):
+        span = f"{10 * number} to {10 * (number + 1)} %"
+        values = (fmean(shares), min(shares), max(shares))
+        table.append([span, *(f"{share:.1%}" for share in values)])
+    return table
+
+
+def perplexity_rows(perplexities: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Return a table of perplexities on texts, dense and pruned."""
+    return [["text", "dense", "pruned", "times"]] + [
+        [text, f"{dense:,.3f}", f"{pruned:,.3f}", f"{pruned / dense:.3f}"]
+        for text, (dense, pruned) in perplexities.items()
+    ]
+
+
+def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return a table of scores on tasks, dense and pruned, in percent ± one standard error.
+
+    Args:
+        tasks: For each task `metric`, the number of questions `n`, what guessing scores (`chance`)
+            and, for `pruned` and `dense`, `value` and `stderr`; or, as `TaskReport.to_dict` has
+            them, `questions`, `model`, `against` and `error`. What is missing is left blank.
+    """
+    table = [["task", "metric", "questions", "chance", "dense", "pruned", "change"]]
+    for name, task in tasks.items():
+        dense, pruned = _either(task, "dense", "against"), _either(task, "pruned", "model")
+        values = [_either(score or {}, "value") for score in (dense, pruned)]
+        metric = str(_either(task, "metric") or "")
+        unit = 1 if "perplexity" in metric else 100
+        change = None if None in values else unit * (values[1] - values[0])
+        questions, chance = _either(task, "n", "questions"), _either(task, "chance")
+        table.append(
+            [
+                name,
+                metric,
+                "" if questions is None else f"{questions:,}",
+                "" if chance is None else f"{100 * chance:.1f}",
+                _score(dense, unit),
+                _score(pruned, unit),
+                "" if change is None else f"{change:+.2f}",
+            ]
+        )
+    return table
+
+
+def _either(entry: Mapping[str, Any], *keys: str) -> Any:
+    return next((entry[key] for key in keys if entry.get(key) is not None), None)
+
+
+def _score(score: Mapping[str, Any] | None, unit: int) -> str:
+    value, error = (_either(score or {}, *keys) for keys in (("value",), ("stderr", "error")))
+    if value is None:
+        return ""
+    return f"{unit * value:.2f}" + ("" if error is None else f" ± {unit * error:.2f}")

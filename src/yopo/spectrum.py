@@ -214,6 +214,26 @@ def _place(
     return Place(device, numbers * max(dtype.itemsize, 4), (size, dtype))
 
 
+def compared_spectra(weight_FD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return singular values of a matrix and of some of its rows, descending, and their distance.
+
+    All in float64. What counts as 0 is 0.
+
+    Args:
+        weight_FD: The matrix.
+        kept_K: The rows, ascending.
+    """
+    dense_1S = torch.linalg.eigvalsh(_grams_of(weight_FD, None, torch.float64))
+    rows_1K = kept_K.to(weight_FD.device)[None]
+    is_whole = rows_1K.shape[1] == len(weight_FD)
+    part_1S = dense_1S
+    if not is_whole:
+        part_1S = torch.linalg.eigvalsh(_grams_of(weight_FD, rows_1K, torch.float64))
+    dense_1S, part_1S = (_without_noise(found, dense_1S[0, -1]) for found in (dense_1S, part_1S))
+    distance = float(ks_distance(dense_1S[0], part_1S))
+    return dense_1S[0].sqrt().flip(0), part_1S[0].sqrt().flip(0), distance
+
+
 def ks_distance(first_S: Tensor, second_MS: Tensor) -> Tensor:
     """Return the Kolmogorov-Smirnov distance `(M,)` in [0, 1] of sorted samples, in float64.
 

@@ -150,7 +150,8 @@ def test_runs_were_killed_in_every_stage(killed):
     events, found = killed.events, killed.found
     killed_at = [after["point"] for after in found]
     shards = [n for n, (_, path, *_) in enumerate(events, 1) if "partial/model-" in path]
-    (renamed,) = (n for n, (event, *_) in enumerate(events, 1) if event == "os.rename")
+    renames = {paths[-1]: n for n, (event, *paths) in enumerate(events, 1) if event == "os.rename"}
+    renamed = renames["place/target"]
     config = next(n for n, (_, path, *_) in enumerate(events, 1) if "partial/config.json" in path)
     assert any(point < shards[0] for point in killed_at)
     assert len([point for point in killed_at if shards[0] < point < shards[-1]]) >= 5

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, prune
 
 import yopo
 from conftest import CONFIGS, build, files_in, save
@@ -239,6 +240,30 @@ def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UnsupportedModelError, match=r"holds a PEFT adapter.*merge_and_unload\(\)"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_refused_with_the_way_to_merge_it(tmp_path):
+    save(build("llama"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match=r"PEFT adapter beside.*merge_and_unload"):
+        open_checkpoint(tmp_path)
+
+
+def mask(linear):
+    prune.l1_unstructured(linear, "weight", 0.3)
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(mask, "weight_orig"), (parametrizations.weight_norm, "parametrizations.weight.original0")],
+)
+def test_masks_and_parametrisations_are_refused_wherever_they_are(tmp_path, change, found, name):
+    model = build("llama")
+    change(model.model.layers[1].get_submodule(name))
+    save(model, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=rf"{name}\.{found}`, of a mask or.*remove`"):
         open_checkpoint(tmp_path)
 
 

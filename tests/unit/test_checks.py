@@ -141,7 +141,38 @@ def prompt(model):
     return get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
 
-@pytest.mark.parametrize("adapt", [lora, lora_inside, added_adapter, prompt])
+def merged_but_kept(model):
+    model = lora(model)
+    model.merge_adapter()
+    return model
+
+
+def disabled(model):
+    model = lora(model)
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def prompts_in_the_attention(model):
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    config = AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM")
+    get_peft_model(model, config)
+    return model
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lora,
+        lora_inside,
+        added_adapter,
+        prompt,
+        merged_but_kept,
+        disabled,
+        prompts_in_the_attention,
+    ],
+)
 def test_peft_adapters_are_merged_first(tiny_llama, adapt):
     told = refusal(adapt(tiny_llama()))
     assert "the model carries PEFT adapters" in told
@@ -184,7 +215,9 @@ def test_what_transformers_calls_quantised_is_refused(tiny_llama, attribute):
 
 def test_dynamically_quantised_layers_are_refused(tiny_llama):
     model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear})
-    assert "no FFN was found" in refusal(model)
+    told = refusal(model)
+    assert told.startswith("`model.layers.0.self_attn.q_proj` is quantised (Linear)")
+    assert "Prune the unquantised model, then quantise it." in told
 
 
 def test_eight_bit_floats_are_refused_with_a_dtype_to_load(tiny_llama):
@@ -205,21 +238,117 @@ def test_sparse_weights_are_made_dense_first(tiny_llama):
     assert "to_dense()" in told
 
 
-def weight_norm(mlp):
-    parametrizations.weight_norm(mlp.up_proj)
+def weight_norm(linear):
+    parametrizations.weight_norm(linear)
 
 
-def mask(mlp):
-    prune.l1_unstructured(mlp.up_proj, "weight", 0.3)
+def weight_norm_by_hooks(linear):
+    nn.utils.weight_norm(linear)
 
 
-@pytest.mark.parametrize("change", [weight_norm, mask])
-def test_a_weight_that_is_computed_from_others_is_made_permanent_first(tiny_llama, change):
+def mask(linear):
+    prune.l1_unstructured(linear, "weight", 0.3)
+
+
+def mask_of_rows(linear):
+    prune.ln_structured(linear, "weight", 0.3, n=2, dim=0)
+
+
+def mask_of_no_entry(linear):
+    prune.identity(linear, "weight")
+
+
+def sparsity_of_torchao(linear):
+    from torch.ao.pruning import WeightNormSparsifier
+
+    WeightNormSparsifier(sparsity_level=0.5).prepare(
+        nn.ModuleDict({"linear": linear}), [{"tensor_fqn": "linear.weight"}]
+    )
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight_norm,
+        weight_norm_by_hooks,
+        mask,
+        mask_of_rows,
+        mask_of_no_entry,
+        sparsity_of_torchao,
+    ],
+)
+def test_a_weight_that_is_computed_from_others_is_made_permanent_first(tiny_llama, change, name):
     model = tiny_llama()
-    change(model.model.layers[1].mlp)
+    change(model.model.layers[1].get_submodule(name))
     told = refusal(model)
-    assert "`weight` of a matrix of `model.layers.1.mlp` is no parameter" in told
-    assert "Make it permanent first" in told
+    assert told.startswith(f"`model.layers.1.{name}` has a mask or a parametrisation")
+    assert "Make it permanent first, with `torch.nn.utils.prune.remove`" in told
+
+
+def test_a_mask_of_a_norm_or_of_a_bias_is_refused_too(tiny_opt):
+    for name in ("final_layer_norm", "fc2"):
+        model = tiny_opt()
+        module = model.model.decoder.layers[0].get_submodule(name)
+        prune.l1_unstructured(module, "bias", 0.3)
+        assert f"layers.0.{name}` has a mask" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_parametrised_layers_that_are_no_linear_are_refused_too(tiny_model, name, part):
+    model = tiny_model("gpt2")
+    torch.nn.utils.parametrize.register_parametrization(
+        model.transformer.h[1].get_submodule(name), part, nn.Identity()
+    )
+    told = refusal(model)
+    assert told.startswith(f"`transformer.h.1.{name}` has a mask or a parametrisation")
+    assert "remove_parametrizations`" in told
+
+
+def test_masks_that_were_made_permanent_are_weights(tiny_llama, logits):
+    model = tiny_llama()
+    up = model.model.layers[1].mlp.up_proj
+    mask(up)
+    prune.remove(up, "weight")
+    yopo.apply_plan(model, yopo.plan_by_criterion(model, 0.3, criterion=yopo.criteria.row_norm))
+    assert (up.weight == 0).any()
+    assert torch.isfinite(logits(model)).all()
+
+
+class WithMask(nn.Linear):
+    """As masks of one's own are kept."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        self.register_buffer("mask", torch.ones_like(self.weight))
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight * self.mask)
+
+
+class WithLowRank(nn.Linear):
+    """As `loralib` keeps its adapters."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        self.lora_A = nn.Parameter(torch.ones(4, self.in_features))
+        self.lora_B = nn.Parameter(torch.ones(self.out_features, 4))
+
+
+@pytest.mark.parametrize(("kind", "more"), [(WithMask, "mask"), (WithLowRank, "lora_A")])
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_what_a_linear_layer_holds_beside_its_weight_is_not_cut_blindly(
+    tiny_llama, kind, more, name
+):
+    model = tiny_llama()
+    mlp = model.model.layers[1].mlp
+    setattr(mlp, name, kind(mlp.get_submodule(name)))
+    told = refusal(model)
+    assert told.startswith(f"a linear layer of `model.layers.1.mlp` holds `{more}` beside")
+    assert "merge it into the weight first, or add it after pruning" in told
 
 
 def offloaded_to_cpu(model, folder):

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yopo
 from yopo.cli import main
+from yopo.embedded import model_path
+from yopo.embedded.stories import HELD_OUT_SEED, write_text
 
 
 @pytest.fixture
@@ -68,6 +70,8 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         ),
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
+        (["report", "{model}"], "{model}` holds no report: `pruning_report.json` is missing"),
+        (["report", "{new}"], "{new}` holds no report"),
         (["info", "{folder}"], "config.json"),
         (["bench", "{folder}"], "{folder}` holds no model"),
         (["bench", "{model}", "--repeats", "0"], "`repeats` must be a positive integer, got 0"),
@@ -97,12 +101,60 @@ def test_info_needs_no_weights(saved, capsys):
 def test_by_default_a_folder_is_pruned_from_disk_and_equals_the_lean_recipe_in_memory(
     saved, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("yopo.cli.load", None)  # the model is never built
+    monkeypatch.setattr("yopo.cli.commands.load", None)  # the model is never built
     assert main(["prune", saved, "--output", str(tmp_path / "pruned"), "--ratio", "0.4"]) == 0
     expected = yopo.PolicyPruner.lean().fit(yopo.load(saved)).prune(yopo.load(saved), 0.4)
     found = yopo.load(tmp_path / "pruned").state_dict()
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, found[name]), name
+
+
+def test_eval_measures_both_models_and_writes_the_figures_into_the_card(tmp_path, capsys):
+    dense, pruned = str(model_path()), tmp_path / "pruned"
+    (tmp_path / "text.txt").write_text(write_text(HELD_OUT_SEED, 12_000))
+    questions = [{"context": "Tom had a", "choices": [" ball", " ran"], "label": 0}] * 3
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    text, figures = str(tmp_path / "text.txt"), tmp_path / "figures.json"
+    assert main(["prune", dense, "--output", str(pruned), "--ratio", "0.5"]) == 0
+    asked = ["--text", text, "--tasks", "piqa", "--data-dir", str(tmp_path), "--dtype", "float32"]
+    asked += ["--against", dense, "--json", str(figures), "--write-card"]
+    assert main(["eval", str(pruned), *asked]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    expected = [
+        yopo.perplexity(yopo.load(source, dtype=torch.float32), Path(text), tokenizer=tokenizer)
+        for source in (dense, pruned)
+    ]
+    found = json.loads(figures.read_text())
+    assert found["perplexity"][text] == expected
+    assert found["tasks"]["piqa"]["questions"] == 3
+    told = capsys.readouterr().out
+    for value in expected:
+        assert f"{value:.3f}" in told
+        assert f"{value:.3f}" in (pruned / "README.md").read_text()
+
+
+def test_eval_refuses_what_it_could_not_write(saved, tmp_path, capsys):
+    assert main(["eval", saved, "--write-card"]) == 2
+    assert "`--against` and `--text`" in capsys.readouterr().err
+    assert main(["eval", saved, "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_recover_writes_a_model_that_is_nearer_to_its_teacher(tmp_path, capsys):
+    dense, pruned, better = str(model_path()), tmp_path / "pruned", tmp_path / "better"
+    (tmp_path / "text.txt").write_text(write_text(HELD_OUT_SEED, 30_000))
+    assert main(["prune", dense, "--output", str(pruned), "--ratio", "0.5"]) == 0
+    asked = ["--teacher", dense, "--data", str(tmp_path / "text.txt"), "--dtype", "float32"]
+    assert main(["recover", str(pruned), "--output", str(better), *asked]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(better)
+    text = write_text(HELD_OUT_SEED + 1, 12_000)
+    before, after = (
+        yopo.perplexity(yopo.load(folder, dtype=torch.float32), text, tokenizer=tokenizer)
+        for folder in (pruned, better)
+    )
+    assert after < 0.8 * before
+    assert main(["recover", str(pruned), "--output", str(better), *asked]) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("named", "loads"), [("weights", False), ("self", True)])
@@ -113,7 +165,9 @@ def test_the_evidence_named_beside_a_policy_decides_whether_the_model_is_loaded(
     policy = tmp_path / "policy"
     yopo.PolicyPruner(evidence=other).fit(yopo.load(saved)).save_policy(policy)
     loaded = []
-    monkeypatch.setattr("yopo.cli.load", lambda *a, **k: loaded.append(a) or yopo.load(*a, **k))
+    monkeypatch.setattr(
+        "yopo.cli.commands.load", lambda *a, **k: loaded.append(a) or yopo.load(*a, **k)
+    )
     output = tmp_path / "pruned"
     arguments = ["--policy", str(policy), "--evidence", named]
     assert main(["prune", saved, "--output", str(output), *arguments]) == 0
@@ -124,7 +178,7 @@ def test_an_interrupt_ends_the_command_quietly(saved, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("yopo.cli.find_ffns", interrupted)
+    monkeypatch.setattr("yopo.cli.commands.find_ffns", interrupted)
     assert main(["info", saved]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "yopo: interrupted"
 
@@ -179,3 +233,45 @@ def test_a_bench_prints_a_table_of_both_models_and_writes_the_figures(
     assert found["against"]["parameters"] == yopo.load(saved).num_parameters()
     assert len(found["model"]["decode"]) == 2
     assert found["speed_up_bound"]["decode"] > 1
+
+
+@pytest.mark.parametrize("evidence", ["weights", "self"])
+def test_card_and_report_tell_the_command_line(saved, tmp_path, evidence):
+    (Path(saved) / "README.md").write_text("---\nlicense: mit\n---\n# dense\n")
+    output = tmp_path / "a folder"
+    arguments = ["prune", saved, "--output", str(output), "--ratio", "0.4", "--evidence", evidence]
+    assert main(arguments) == 0
+    report = yopo.PruningReport.load(output)
+    assert (
+        report.call == f"yopo prune {saved} --output '{output}' --ratio 0.4 --evidence {evidence}"
+    )
+    assert report.recipe["evidence"] == evidence
+    assert report.base == "model"
+    assert report.plan.ratio == 0.4
+    assert report.after.parameters == yopo.load(output).num_parameters()
+    assert "seconds" not in (output / "README.md").read_text("utf-8")
+    assert "license: mit" in (output / "README.md").read_text("utf-8")
+    assert (output / "README.dense.md").exists() == (
+        evidence == "weights"
+    )  # else only weights come
+
+
+def test_a_report_is_printed_and_with_the_dense_model_written_with_plots(saved, tmp_path, capsys):
+    output = tmp_path / "pruned"
+    assert main(["prune", saved, "--output", str(output), "--ratio", "0.4"]) == 0
+    before = (output / "pruning_report.json").read_bytes()
+    capsys.readouterr()
+    assert main(["report", str(output)]) == 0
+    assert capsys.readouterr().out == f"{yopo.PruningReport.load(output)}\n"
+    assert main(["report", str(output), "--against", saved]) == 0
+    printed = capsys.readouterr().out
+    found = yopo.PruningReport.load(output / "report")
+    assert found == yopo.PruningReport.load(output).with_spectra(saved)
+    assert printed.startswith(str(found))
+    assert f"Written to {output / 'report'}" in printed
+    assert {file.name for file in (output / "report").iterdir()} == {
+        *("report.json", "report.md", "report.html", "spectra.png", "kept_rows.png")
+    }
+    assert (output / "pruning_report.json").read_bytes() == before
+    assert main(["report", str(output), "--against", str(output)]) == 2
+    assert "the plan does not fit this model" in capsys.readouterr().err

@@ -16,10 +16,11 @@ SOURCE = Path(yopo.__file__).parent
 MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__.py")
 
 ORDER = (
-    "errors files shards adapters memory parallel ranks damping plan sampling upkeep surgery "
-    "loading stored checkpoint spectrum writing moments imagining evidence elimination allocation "
-    "budget features scorer restore lean reward divergence criteria policy decision reinforce "
-    "published training pruner rewriting staging on_disk evaluation report speed embedded demo cli"
+    "errors generators files shards adapters memory parallel ranks damping plan sampling "
+    "upkeep surgery loading stored checkpoint spectrum writing moments imagining evidence "
+    "elimination allocation budget features scorer restore lean reward divergence criteria "
+    "policy decision reinforce published training report speed pages plots calls card "
+    "pruning_report pruner rewriting staging on_disk evaluation recovery embedded demo cli"
 ).split()
 """A module may import only those before it."""
 
@@ -80,7 +81,7 @@ def test_no_module_names_a_kind_of_accelerator(module):
 
 
 def test_the_library_does_not_print(module):
-    if name_of(module) in ("cli", "demo", "embedded.train"):
+    if name_of(module) in ("cli", "cli.commands", "demo", "embedded.train"):
         return
     assert not any(
         isinstance(node, ast.Name) and node.id == "print" for node in ast.walk(tree_of(module))
@@ -91,7 +92,8 @@ def test_logs_go_to_the_librarys_own_logger_and_nobody_adds_handlers(module):
     text = module.read_text(encoding="utf-8")
     assert "basicConfig" not in text
     assert "addHandler" not in text
-    assert set(re.findall(r"get_?logger\(.*?\)", text, re.IGNORECASE)) <= {"getLogger(__name__)"}
+    found = set(re.findall(r"get_?logger\(.*?\)", text, re.IGNORECASE))
+    assert found <= {"getLogger(__name__)", 'getLogger("lm_eval")'}  # the second is but quietened
 
 
 def test_the_global_generators_are_not_touched(module):

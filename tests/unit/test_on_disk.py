@@ -5,10 +5,12 @@ import logging
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,9 @@ from yopo.criteria import plan_by_criterion, row_norm
 from yopo.shards import read_header
 
 RATIO = 0.4
+
+OWN = {"README.md", "pruning_report.json"}
+"""What yopo itself puts beside a pruned checkpoint."""
 
 METHODS = {
     "lean": PolicyPruner.lean,
@@ -97,7 +102,8 @@ def test_the_result_equals_pruning_in_memory_and_saving(tmp_path, method, kind, 
     assert found.widths == {ffn.name: ffn.rows for ffn in yopo.find_ffns(model)}
     assert files_in(source) == before
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
-    assert {file.name for file in target.iterdir()} == {file.name for file in source.iterdir()}
+    names = [{file.name for file in folder.iterdir()} for folder in (target, source)]
+    assert names[0] == names[1] | OWN
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt_oss"])
@@ -333,6 +339,8 @@ def furnished(tmp_path):
 def test_every_other_file_comes_along(furnished, tmp_path):
     yopo.prune_checkpoint(furnished.folder, tmp_path / "target", RATIO)
     found = files_in(tmp_path / "target")
+    assert {name for name in OWN if found.pop(name)} == OWN
+    found["README.md"] = found.pop("README.dense.md")
     for name, text in furnished.others.items():
         assert found.pop(name) == text.encode()
     assert (
@@ -381,7 +389,7 @@ def test_a_folder_of_links_becomes_a_folder_of_files(tmp_path):
         (source / file.name).symlink_to(os.path.relpath(file, source))
     yopo.prune_checkpoint(source, tmp_path / "target", RATIO)
     assert not any(file.is_symlink() for file in (tmp_path / "target").iterdir())
-    assert files_in(tmp_path / "target").keys() == files_in(blobs).keys()
+    assert files_in(tmp_path / "target").keys() == files_in(blobs).keys() | OWN
 
 
 def test_the_index_says_what_lies_where_and_how_much_it_is(tmp_path):
@@ -458,6 +466,66 @@ def test_widths_of_a_nested_config_are_written_where_they_are(tmp_path):
         source, tmp_path / "m", lambda m: PolicyPruner.lean().fit(m).prune(m, 0.5)
     )
     assert_same(tensors_in(tmp_path / "target"), tensors_in(expected))
+
+
+# The card and the report.
+
+
+def card_of(folder):
+    text = (folder / "README.md").read_text("utf-8")
+    return yaml.safe_load(text.split("---")[1]), text
+
+
+def test_the_card_and_the_report_say_what_was_done(furnished, tmp_path):
+    (furnished.folder / "README.md").write_text("---\nlicense: mit\n---\n# Card\n")
+    pruner = PolicyPruner.lean(seed=7)
+    plan = yopo.prune_checkpoint(furnished.folder, tmp_path / "target", RATIO, pruner=pruner)
+    report = yopo.PruningReport.load(tmp_path / "target")
+    assert report == replace(pruner.report, seconds={})
+    assert pruner.report.seconds.keys() == {"decide", "cut"}
+    assert report.plan == plan
+    dense, pruned = yopo.load(furnished.folder), yopo.load(tmp_path / "target")
+    for sizes, model in ((report.before, dense), (report.after, pruned)):
+        assert sizes.parameters == model.num_parameters()
+        assert sizes.bytes == 2 * model.num_parameters()
+    front, text = card_of(tmp_path / "target")
+    assert front["base_model"] == "source"
+    assert front["license"] == "mit"
+    assert f"yopo.prune_checkpoint({str(furnished.folder)!r}, target, 0.4, pruner=" in text
+    assert "pruner=yopo.PolicyPruner.lean(seed=7))" in text
+    assert "AutoModelForCausalLM" in text
+
+
+def test_a_plan_and_a_command_are_told_too(tmp_path):
+    source = save(build("llama"), tmp_path / "source")
+    plan = plan_for(yopo.load(source))
+    yopo.prune_checkpoint(source, tmp_path / "a", plan=plan)
+    report = yopo.PruningReport.load(tmp_path / "a")
+    assert report.call == f"yopo.prune_checkpoint({str(source)!r}, target, plan=plan)"
+    assert report.recipe == {}
+    yopo.prune_checkpoint(source, tmp_path / "b", layers=iter([1]), command="python mine.py")
+    assert "python mine.py" in card_of(tmp_path / "b")[1]
+    assert "yopo.load(" in card_of(tmp_path / "b")[1]
+    assert yopo.PruningReport.load(tmp_path / "b").needs_yopo
+
+
+def test_cards_and_reports_of_earlier_cuts_make_room(furnished, tmp_path):
+    yopo.prune_checkpoint(furnished.folder, tmp_path / "one", 0.2)
+    yopo.PruningReport.load(tmp_path / "one").save(tmp_path / "one" / "report")
+    yopo.prune_checkpoint(tmp_path / "one", tmp_path / "two", RATIO)
+    one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
+    assert two["README.dense.2.md"] == b"# Card\n"
+    assert two["README.dense.md"] == one["README.md"]
+    assert two["pruning_report.dense.json"] == one["pruning_report.json"]
+    assert two["report.dense/report.html"] == one["report/report.html"]
+    assert "report/report.html" not in two
+    assert card_of(tmp_path / "two")[0]["base_model"] == "one"
+
+
+def test_the_same_cut_writes_the_same_files(furnished, tmp_path):
+    for name in ("a", "b"):
+        yopo.prune_checkpoint(furnished.folder, tmp_path / name, RATIO)
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
 
 
 # Fitting on a folder.

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -284,6 +285,9 @@ def test_a_report_survives_json():
     found = json.loads(json.dumps(SpeedReport(SPEED, SPEED, 1, 8, 2).to_dict()))
     assert found["model"]["prefill"] == [30.0, 20.0, 90.0]
     assert found["speed_up"] == found["speed_up_bound"] == {"prefill": 1.0, "decode": 1.0}
+    reader = replace(SPEED, decode=None, decode_bound=None)
+    for report in (SpeedReport(SPEED, SPEED, 1, 8, 2), SpeedReport(reader, None, 1, 8, 2)):
+        assert SpeedReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
 def _fields(speed):

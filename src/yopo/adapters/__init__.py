@@ -10,7 +10,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from yopo.adapters.checks import check_model, check_parameters, check_weights
+from yopo.adapters.checks import (
+    check_model,
+    check_parameters,
+    check_stored,
+    check_weights,
+    share_of_zeros,
+)
 from yopo.adapters.ffn import Ffn, Slot, WidthField, norm_gain_and_bias
 from yopo.adapters.fields import with_fields
 from yopo.adapters.layouts import LAYOUTS, Layout, ffns_of_module, norm_before
@@ -21,10 +27,12 @@ __all__ = [
     "Ffn",
     "Slot",
     "WidthField",
+    "check_stored",
     "check_weights",
     "find_ffns",
     "norm_gain_and_bias",
     "register_adapter",
+    "share_of_zeros",
 ]
 
 logger = logging.getLogger(__name__)

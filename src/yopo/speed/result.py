@@ -1,9 +1,9 @@
 """What was measured of a model, alone or beside another, and a table of it."""
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 from yopo.report import format_table
 
@@ -99,8 +99,34 @@ class SpeedReport:
             "speed_up_bound": {phase: self.speed_up_bound(phase) for phase in PHASES},
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report that `to_dict` has written out, or that was read from JSON.
+
+        Raises:
+            KeyError: If something is missing.
+        """
+        against = values["against"]
+        return cls(
+            model=_speed_from(values["model"]),
+            against=None if against is None else _speed_from(against),
+            **{name: values[name] for name in ("batch", "prompt", "new_tokens")},
+        )
+
     def __str__(self) -> str:
         """Return a Markdown table: medians, and in brackets the least and the most."""
+        return f"{self.settings}\n\n{format_table(self.rows())}"
+
+    @property
+    def settings(self) -> str:
+        """Return in words what was run how often."""
+        return (
+            f"Batch {self.batch}, prompt {self.prompt}, {self.new_tokens} new tokens, "
+            f"{len(self.model.prefill)} repeats."
+        )
+
+    def rows(self) -> list[list[str]]:
+        """Return the table: medians, and in brackets the least and the most."""
         speeds = [self.model] if self.against is None else [self.model, self.against]
         lines: list[tuple[str, list[str], float | None]] = [
             ("on", [f"{speed.device}, {speed.dtype}" for speed in speeds], None)
@@ -118,15 +144,17 @@ class SpeedReport:
             ]
         rows = [["", *(speed.name for speed in speeds), "times"]]
         rows += [[label, *cells, _scaled(ratio)] for label, cells, ratio in lines]
-        if self.against is None:
-            rows = [row[:-1] for row in rows]
-        return (
-            f"Batch {self.batch}, prompt {self.prompt}, {self.new_tokens} new tokens, "
-            f"{len(self.model.prefill)} repeats.\n\n{format_table(rows)}"
-        )
+        return [row[:-1] for row in rows] if self.against is None else rows
 
     def _both(self, name: str) -> tuple[Any, Any]:
         return getattr(self.model, name), getattr(self.against, name, None)
+
+
+def _speed_from(values: Mapping[str, Any]) -> Speed:
+    found: dict[str, Any] = {field.name: values[field.name] for field in fields(Speed)}
+    for phase in PHASES:
+        found[phase] = None if found[phase] is None else tuple(found[phase])
+    return Speed(**found)
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

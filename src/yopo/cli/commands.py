@@ -1,42 +1,31 @@
-"""The command line: thin, over the same functions that Python users call."""
+"""What each command does."""
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from yopo.adapters import find_ffns
-from yopo.checkpoint import open_checkpoint
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError
+from yopo.evaluation import TaskReport, evaluate, perplexity
+from yopo.evaluation.tasks import open_with_tokenizer
+from yopo.evaluation.texts import NAMED
 from yopo.loading import build_on_meta, load, read_config
 from yopo.on_disk import prune_checkpoint
-from yopo.plan import MultipleOf, plan_widths
+from yopo.plan import plan_widths
 from yopo.pruner import PolicyPruner
+from yopo.pruning_report import PruningReport
 from yopo.ranks import rank_and_count
+from yopo.recovery import recover
 from yopo.report import describe_ffns, format_table, sizes_of
 from yopo.speed import benchmark
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `yopo` with `arguments`, by default those of the process; return its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (YopoError, OSError) as error:
-        print(f"yopo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("yopo: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _info(options: argparse.Namespace) -> None:
+def info_command(options: argparse.Namespace) -> None:
+    """Tell what there is to prune."""
     config, model_class, widths = read_config(options.model)
     dtype = getattr(config, "dtype", None) or torch.float32
     model = build_on_meta(config, model_class, widths, dtype=dtype)
@@ -65,7 +54,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"\n{format_table(rows)}")
 
 
-def _fit(options: argparse.Namespace) -> None:
+def fit_command(options: argparse.Namespace) -> None:
+    """Train a policy and save it."""
     pruner = _new_pruner(options)
     from_disk = options.dtype == "auto" and not pruner.runs_model
     pruner.fit(options.model if from_disk else load(options.model, dtype=options.dtype))
@@ -74,34 +64,37 @@ def _fit(options: argparse.Namespace) -> None:
         print(f"Policy written to {options.output}.")
 
 
-def _prune(options: argparse.Namespace) -> None:
+def prune_command(options: argparse.Namespace) -> None:
+    """Prune a model and save it.
+
+    Raises:
+        InvalidArgumentError: If the folder to write is not empty.
+    """
     size = {"ratio_of": options.ratio_of, "parameters": options.parameters, "bytes": options.bytes}
     pruner = _pruner(options)
     if options.dtype == "auto" and not pruner.runs_model:
-        checkpoint = open_checkpoint(options.model)
-        before = sizes_of(checkpoint.model, checkpoint.ffns)
-        plan = prune_checkpoint(
-            checkpoint.folder,
+        prune_checkpoint(
+            options.model,
             options.output,
             options.ratio,
             pruner=pruner,
             layers=options.layers,
+            command=options.command,
             **size,
         )
-        after = sizes_of(checkpoint.model, checkpoint.ffns, plan.widths)
     else:
         if options.output.exists() and any(options.output.iterdir()):
             raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
         model = load(options.model, dtype=options.dtype)
-        before = sizes_of(model, find_ffns(model))
         if not pruner.is_fitted:
             pruner.fit(model)
         pruner.prune(model, options.ratio, layers=options.layers, **size)
-        after = sizes_of(model, find_ffns(model))
         if rank_and_count()[0] == 0:
             model.save_pretrained(options.output)
             _copy_tokenizer(options.model, options.output)
+            replace(pruner.report, call=options.command).write_card(options.output)
     if rank_and_count()[0] == 0:
+        before, after = pruner.report.before, pruner.report.after
         print(
             f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows "
             f"({1 - after.ffn_rows / before.ffn_rows:.2%}), "
@@ -111,9 +104,96 @@ def _prune(options: argparse.Namespace) -> None:
         )
 
 
-def _bench(options: argparse.Namespace) -> None:
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise InvalidArgumentError(f"`--json {options.json}` is in a folder that does not exist.")
+def report_command(options: argparse.Namespace) -> None:
+    """Show what was removed of a checkpoint."""
+    report = PruningReport.load(options.folder)
+    if options.against is None:
+        print(report)
+        return
+    report = report.with_spectra(options.against)
+    report.save(options.folder / "report")
+    print(f"{report}\nWritten to {options.folder / 'report'}; report.html shows it best.")
+
+
+def eval_command(options: argparse.Namespace) -> None:
+    """Measure perplexity and accuracy.
+
+    Raises:
+        InvalidArgumentError: If a folder is missing, or a card is to hold what is not asked for.
+    """
+    _check_json(options.json)
+    if options.write_card and (options.against is None or not options.text):
+        raise InvalidArgumentError("`--write-card` needs `--against` and `--text`.")
+    card = PruningReport.load(options.model) if options.write_card else None
+    texts = {text: text if text in NAMED else Path(text) for text in options.text}
+    figures: dict[str, list[float]] = {text: [] for text in texts}
+    scores: TaskReport | None = None
+    for source in [*([] if options.against is None else [options.against]), options.model]:
+        model, tokenizer = open_with_tokenizer(source, dtype=options.dtype)
+        for name, text in texts.items():
+            value = perplexity(model, text, tokenizer=tokenizer, window=options.window)
+            figures[name].append(value)
+        if options.tasks:
+            scores = evaluate(
+                model,
+                tokenizer,
+                tasks=options.tasks[0] if len(options.tasks) == 1 else options.tasks,
+                against=scores,
+                data_dir=options.data_dir,
+                few_shot=options.few_shot,
+                limit=options.limit,
+                batch=options.batch,
+                window=options.window,
+                seed=options.seed,
+            )
+    names = [Path(source).name for source in (options.against, options.model) if source]
+    if figures:
+        rows = [[name, *(f"{value:.3f}" for value in found)] for name, found in figures.items()]
+        print(format_table([["perplexity", *names], *rows]) + "\n")
+    if scores is not None:
+        scores = replace(scores, names=(names[-1], names[0]))
+        print(scores)
+    if options.json is not None:
+        _write_json(options.json, {"perplexity": figures, **(scores.to_dict() if scores else {})})
+    if card is not None:
+        for name, (dense, pruned) in figures.items():
+            card = card.with_perplexity(name, dense=dense, pruned=pruned)
+        (card if scores is None else card.with_tasks(scores)).write_card(options.model)
+        print(f"Written into the card and the report of {options.model}.")
+
+
+def recover_command(options: argparse.Namespace) -> None:
+    """Train adapters on a pruned model, and merge them.
+
+    Raises:
+        InvalidArgumentError: If the folder to write is not empty.
+    """
+    if options.output.exists() and any(options.output.iterdir()):
+        raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
+    model, tokenizer = open_with_tokenizer(options.model, dtype=options.dtype)
+    teacher = None
+    if options.teacher is not None:
+        teacher, _ = open_with_tokenizer(options.teacher, tokenizer, dtype=options.dtype)
+    data = options.data if options.data in ("self", *NAMED) else Path(options.data)
+    recover(
+        model,
+        data,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        settings=options.settings,
+        targets=options.targets,
+        output=options.checkpoints,
+        seed=options.seed,
+    )
+    if rank_and_count()[0] == 0:
+        model.save_pretrained(options.output)
+        tokenizer.save_pretrained(options.output)
+        print(f"Written to {options.output}.")
+
+
+def bench_command(options: argparse.Namespace) -> None:
+    """Time a model."""
+    _check_json(options.json)
     report = benchmark(
         options.model,
         options.against,
@@ -126,10 +206,20 @@ def _bench(options: argparse.Namespace) -> None:
     )
     print(report)
     if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _write_json(options.json, report.to_dict())
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _check_json(file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"`--json {file}` is in a folder that does not exist.")
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def demo_command(options: argparse.Namespace) -> None:
+    """Do the whole job on a small model."""
     from yopo.demo import run_demo
 
     if options.model is None:
@@ -185,70 +275,3 @@ def _copy_tokenizer(source: str, target: Path) -> None:
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
     except (OSError, ValueError, KeyError):
         print(f"{source} has no tokenizer to copy.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="yopo", description="Remove hidden units of FFNs from language models, without data."
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    info = commands.add_parser("info", help="what a model's FFNs are, what ratios would remove")
-    info.set_defaults(run=_info)
-    info.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
-    info.add_argument("--multiple-of", type=_multiple, default="auto")
-    fit = commands.add_parser("fit", help="train a policy and save it")
-    fit.set_defaults(run=_fit)
-    prune = commands.add_parser("prune", help="remove rows and save the smaller model")
-    prune.set_defaults(run=_prune)
-    prune.add_argument("--policy", type=Path, help="folder of a policy; by default one is fitted")
-    prune.add_argument("--parameters", type=float, help="how many the model may have, as 5e9")
-    prune.add_argument("--bytes", type=float, help="how many bytes they may take, as 8e9")
-    prune.add_argument("--ratio-of", choices=["ffn", "model"], default="ffn")
-    prune.add_argument("--layers", nargs="+", type=_layer, help="numbers or patterns; default all")
-    demo = commands.add_parser("demo", help="the whole job on a small model, with baselines")
-    demo.set_defaults(run=_demo)
-    demo.add_argument("--model", help="a model on the hub or on disk; default: the embedded one")
-    demo.add_argument("--text", type=Path, help="text to measure perplexity on")
-    demo.add_argument("--output", type=Path, default=Path("yopo-demo"))
-    bench = commands.add_parser("bench", help="how fast a model loads and runs, beside its bound")
-    bench.set_defaults(run=_bench)
-    bench.add_argument("--against", metavar="DENSE", help="a model to time in turn with it")
-    bench.add_argument("--batch", type=int, default=1, help="sequences a pass; default 1")
-    bench.add_argument("--prompt", type=int, default=128, help="tokens to read; default 128")
-    bench.add_argument("--new-tokens", type=int, default=32, help="tokens to write; default 32")
-    bench.add_argument("--repeats", type=int, default=5, help="turns that are timed; default 5")
-    bench.add_argument("--dtype", default="auto", help="dtype to load the weights in")
-    bench.add_argument("--device", help="default: the accelerator if there is one, else the CPU")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="file to write the figures to")
-    for command in (info, bench, fit, prune):
-        command.add_argument("model", help="a model on the hub or on disk")
-    for command in (fit, prune):
-        command.add_argument("--output", type=Path, required=True, help="folder to write")
-        command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
-        command.add_argument("--allocation", choices=["uniform", "adaptive"])
-        command.add_argument("--method", choices=["lean", "prunenet"])
-        command.add_argument(
-            "--reward", choices=["output", "divergence", "spectral"], default="output"
-        )
-        command.add_argument(
-            "--evidence",
-            choices=["auto", "self", "weights"],
-            default="auto",
-            help="self, or auto with what is learned, loads the model and lets it write text",
-        )
-        command.add_argument("--episodes", type=int, help="episodes of policy gradient")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
-    return parser
-
-
-def _multiple(text: str) -> MultipleOf:
-    return "auto" if text == "auto" else int(text)
-
-
-def _layer(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Accuracy of trained models on the paper's tasks, MMLU and BLiMP, dense and pruned, offline.
+
+    python benchmarks/tasks.py                        all models of ../shared, all questions
+    python benchmarks/tasks.py --limit 500            the first 500 questions of each task
+    python benchmarks/tasks.py --models llama-s
+
+Prunes by the default recipe and at random, at a ratio of 0.3, and writes results/tasks.json and
+.md. MMLU is asked without solved examples, as in the paper, and of each of its 57 subjects at most
+a tenth of the limit. BLiMP, ten of its paradigms, asks which of two sentences is the likelier: that
+is what models as small as these can do. Needs ../shared; says so and ends where it is absent.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import yopo
+from common import RESULTS, SHARED, SHARED_MODELS, Subject, keep_result, kept_rows, quiet, subjects
+from yopo.report import format_table
+
+RATIO = 0.3
+METHODS = ("yopo", "random rows")
+TASKS = (("paper", 1.0), ("mmlu", 0.1), ("blimp", 1.0))
+"""Presets, and the share of the limit that each of their tasks gets."""
+
+PARADIGM = """
+task: blimp_{name}
+tag: blimp
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: "{file}"}}}}
+output_type: multiple_choice
+validation_split: train
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+metric_list: [{{metric: acc}}]
+"""
+"""A paradigm of BLiMP as lm-eval defines it, read from a local file."""
+
+
+def pruned(subject: Subject, method: str) -> Any:
+    """Return the model pruned by a method."""
+    model = subject.load()
+    if method == "yopo":
+        return yopo.PolicyPruner().fit(model).prune(model, RATIO)
+    plan = yopo.plan_by_criterion(model, RATIO, criterion=yopo.criteria.random_rows(0))
+    yopo.apply_plan(model, plan)
+    return model
+
+
+def define_blimp(folder: Path) -> None:
+    """Write definitions of the paradigms that there are, and of their mean, into a folder."""
+    for file in (SHARED / "eval" / "blimp").glob("*.jsonl"):
+        definition = PARADIGM.format(name=file.stem, file=file)
+        (folder / f"{file.stem}.yaml").write_text(definition, encoding="utf-8")
+    metrics = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (folder / "group.yaml").write_text(f"group: blimp_mean\ntask: [blimp]\n{metrics}\n")
+
+
+def measure(subject: Subject, limit: int | None, blimp: Path) -> list[dict[str, Any]]:
+    """Return a row for each method and preset."""
+    tokenizer = AutoTokenizer.from_pretrained(subject.path)
+    rows = []
+    for preset, share in TASKS:
+        asked = {
+            "tasks": "blimp_mean" if preset == "blimp" else preset,
+            "data_dir": blimp if preset == "blimp" else SHARED / "eval",
+            "limit": limit and max(1, int(limit * share)),
+            "batch": 32,
+        }
+        began = time.perf_counter()
+        dense = yopo.evaluate(subject.load(), tokenizer, **asked)
+        seconds = time.perf_counter() - began
+        for method in METHODS:
+            report = yopo.evaluate(pruned(subject, method), tokenizer, **asked, against=dense)
+            print(f"{subject.name}, {method}\n\n{report}\n", flush=True)
+            found = report.to_dict()
+            del found["members"], found["names"], found["pinned"]["questions from"]
+            rows.append(
+                {"model": subject.name, "method": method, "preset": preset}
+                | {"dense_seconds": seconds, **found}
+            )
+    return rows
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return the page of all rows."""
+    table = [["model", "task", "metric", "questions", "chance", "dense", *METHODS]]
+    by_task: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        for task, score in row["tasks"].items():
+            by_task.setdefault((row["model"], task), {})[row["method"]] = score
+
+    def cell(score: dict[str, float]) -> str:
+        return f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"
+
+    for (model, task), found in by_task.items():
+        first = found[METHODS[0]]
+        chance = f"{100 * first['chance']:.1f}"
+        cells = [model, task, first["metric"], f"{first['questions']:,}", chance]
+        cells += [cell(first["against"]), *(cell(found[method]["model"]) for method in METHODS)]
+        table.append(cells)
+    pinned = "; ".join(f"{n} {v}" for n, v in rows[0]["pinned"].items() if n != "task versions")
+    return (
+        "# Zero-shot accuracy\n\nPercent, ± one standard error over the questions, at a ratio of "
+        f"{RATIO} (`python benchmarks/tasks.py`). The models are small, and know little more than "
+        "how words follow one another: on the paper's tasks and on MMLU the dense ones are near "
+        "chance: these show that the pipeline works, not which method is better. On BLiMP, which "
+        f"asks for the likelier of two sentences, they are not.\n\n{format_table(table)}\n\n"
+        f"The paper's tasks: {pinned}.\n"
+    )
+
+
+def main() -> None:
+    """Measure, and write the results after each model."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--models", nargs="+", choices=SHARED_MODELS, default=SHARED_MODELS)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    if not (SHARED / "eval").is_dir():
+        raise SystemExit(f"{SHARED / 'eval'} is not there: nothing to ask.")
+    torch.set_num_threads(arguments.threads)
+    quiet()
+    logging.getLogger("yopo").setLevel(logging.ERROR)
+    rows = kept_rows("tasks")
+    with tempfile.TemporaryDirectory() as folder:
+        define_blimp(Path(folder))
+        for subject in subjects():
+            if subject.name not in arguments.models:
+                continue
+            rows = [row for row in rows if row["model"] != subject.name]
+            rows += measure(subject, arguments.limit, Path(folder))
+            keep_result("tasks", rows)
+            (RESULTS / "tasks.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

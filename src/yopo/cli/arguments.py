@@ -1,0 +1,128 @@
+"""What each command is told."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from yopo.cli import commands
+from yopo.evaluation.texts import NAMED
+from yopo.plan import MultipleOf
+
+
+def parser_of_commands() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="yopo", description="Remove hidden units of FFNs from language models, without data."
+    )
+    found = parser.add_subparsers(required=True, metavar="command")
+    info = found.add_parser("info", help="what a model's FFNs are, what ratios would remove")
+    info.set_defaults(run=commands.info_command)
+    info.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    info.add_argument("--multiple-of", type=_multiple, default="auto")
+    fit = found.add_parser("fit", help="train a policy and save it")
+    fit.set_defaults(run=commands.fit_command)
+    prune = found.add_parser("prune", help="remove rows and save the smaller model")
+    prune.set_defaults(run=commands.prune_command)
+    prune.add_argument("--policy", type=Path, help="folder of a policy; by default one is fitted")
+    prune.add_argument("--parameters", type=float, help="how many the model may have, as 5e9")
+    prune.add_argument("--bytes", type=float, help="how many bytes they may take, as 8e9")
+    prune.add_argument("--ratio-of", choices=["ffn", "model"], default="ffn")
+    prune.add_argument("--layers", nargs="+", type=_layer, help="numbers or patterns; default all")
+    demo = found.add_parser("demo", help="the whole job on a small model, with baselines")
+    demo.set_defaults(run=commands.demo_command)
+    demo.add_argument("--model", help="a model on the hub or on disk; default: the embedded one")
+    demo.add_argument("--text", type=Path, help="text to measure perplexity on")
+    demo.add_argument("--output", type=Path, default=Path("yopo-demo"))
+    bench = found.add_parser("bench", help="how fast a model loads and runs, beside its bound")
+    bench.set_defaults(run=commands.bench_command)
+    bench.add_argument("--against", metavar="DENSE", help="a model to time in turn with it")
+    bench.add_argument("--batch", type=int, default=1, help="sequences a pass; default 1")
+    bench.add_argument("--prompt", type=int, default=128, help="tokens to read; default 128")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens to write; default 32")
+    bench.add_argument("--repeats", type=int, default=5, help="turns that are timed; default 5")
+    bench.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    bench.add_argument("--device", help="default: the accelerator if there is one, else the CPU")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="file to write the figures to")
+    report = found.add_parser("report", help="what was removed of a pruned checkpoint")
+    report.set_defaults(run=commands.report_command)
+    report.add_argument("folder", type=Path, help="the folder of the pruned checkpoint")
+    report.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="the model that was cut: compares spectra, and writes plots into FOLDER/report",
+    )
+    evaluation, recovery = _add_eval(found), _add_recover(found)
+    for command in (info, bench, fit, prune, evaluation, recovery):
+        command.add_argument("model", help="a model on the hub or on disk")
+    for command in (fit, prune):
+        command.add_argument("--output", type=Path, required=True, help="folder to write")
+        command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
+        command.add_argument("--allocation", choices=["uniform", "adaptive"])
+        command.add_argument("--method", choices=["lean", "prunenet"])
+        command.add_argument(
+            "--reward", choices=["output", "divergence", "spectral"], default="output"
+        )
+        command.add_argument(
+            "--evidence",
+            choices=["auto", "self", "weights"],
+            default="auto",
+            help="self, or auto with what is learned, loads the model and lets it write text",
+        )
+        command.add_argument("--episodes", type=int, help="episodes of policy gradient")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    return parser
+
+
+def _add_eval(found: Any) -> argparse.ArgumentParser:
+    evaluation: argparse.ArgumentParser = found.add_parser(
+        "eval", help="perplexity and accuracy, beside another model"
+    )
+    evaluation.set_defaults(run=commands.eval_command)
+    evaluation.add_argument("--against", metavar="DENSE", help="a model to measure beside it")
+    evaluation.add_argument(
+        "--text", nargs="+", default=[], help=f"for perplexity: {', '.join(NAMED)}, or files"
+    )
+    evaluation.add_argument(
+        "--tasks", nargs="+", default=[], help="paper, mmlu, or tasks and groups of lm-eval"
+    )
+    evaluation.add_argument("--data-dir", type=Path, help="folder with the questions, for offline")
+    evaluation.add_argument("--few-shot", type=int, help="solved examples before each question")
+    evaluation.add_argument("--limit", type=int, help="questions of each task; default all")
+    evaluation.add_argument("--batch", type=int, default=8, help="requests a pass; default 8")
+    evaluation.add_argument("--window", type=int, help="tokens a window; default 2048 or fewer")
+    evaluation.add_argument("--seed", type=int, default=0)
+    evaluation.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    evaluation.add_argument("--json", type=Path, metavar="FILE", help="file to write to")
+    evaluation.add_argument(
+        "--write-card", action="store_true", help="write the figures into the card of the model"
+    )
+    return evaluation
+
+
+def _add_recover(found: Any) -> argparse.ArgumentParser:
+    recovery: argparse.ArgumentParser = found.add_parser(
+        "recover", help="train adapters on a pruned model, merge them"
+    )
+    recovery.set_defaults(run=commands.recover_command)
+    recovery.add_argument("--output", type=Path, required=True, help="folder to write")
+    recovery.add_argument("--teacher", metavar="DENSE", help="the model that was cut")
+    recovery.add_argument(
+        "--data", default="self", help="self, the default: the teacher writes; or a text or file"
+    )
+    recovery.add_argument("--settings", choices=["paper", "published"], default="paper")
+    recovery.add_argument("--targets", choices=["both", "attention", "ffn"], default="both")
+    recovery.add_argument(
+        "--checkpoints", type=Path, help="folder to keep checkpoints in, and to go on from"
+    )
+    recovery.add_argument("--seed", type=int, default=0)
+    recovery.add_argument("--dtype", default="auto", help="dtype to load the weights in")
+    return recovery
+
+
+def _multiple(text: str) -> MultipleOf:
+    return "auto" if text == "auto" else int(text)
+
+
+def _layer(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

@@ -1,0 +1,5 @@
+"""What a cut did to a model, as data, as a page, and as the card of the pruned checkpoint."""
+
+from yopo.pruning_report.result import REPORT_FILE, PruningReport, report_of
+
+__all__ = ["REPORT_FILE", "PruningReport", "report_of"]

@@ -1,0 +1,99 @@
+"""What must hold of a call before anything is written or trained."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from yopo.adapters import check_weights, find_ffns
+from yopo.errors import InvalidArgumentError, UnsupportedModelError, YopoError
+from yopo.ranks import rank_and_count
+from yopo.recovery.settings import TARGETS, RecoverySettings
+from yopo.recovery.targets import Places, find_places
+from yopo.recovery.texts import Data, is_self
+from yopo.writing import can_write
+
+
+def check_installed() -> None:
+    """Check that what recovery is built on is there.
+
+    Raises:
+        YopoError: If it is not.
+    """
+    for name in ("peft", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise YopoError(
+                f'`recover` needs {name}: pip install "yopo-prune[recover]" (not "yopo", which is '
+                "another project)."
+            )
+
+
+def check_call(
+    model: Any, data: Data, teacher: Any, settings: RecoverySettings, targets: str, seed: int
+) -> Places:
+    """Check what can be checked before anything is written, and return where adapters go.
+
+    Raises:
+        InvalidArgumentError: If an argument is outside its range.
+        UnsupportedModelError: If a model cannot do its part.
+    """
+    if targets not in TARGETS:
+        raise InvalidArgumentError(
+            f'`targets` must be "both", "attention" or "ffn", got {targets!r}.'
+        )
+    if not isinstance(seed, int) or seed < 0:
+        raise InvalidArgumentError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
+    if isinstance(model, str | Path):
+        raise InvalidArgumentError(
+            f"`model` must be a model in memory, got {str(model)!r}. Load it with `yopo.load`."
+        )
+    ffns = find_ffns(model)
+    check_weights(ffns)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"`recover` trains causal language models, got {type(model).__name__}. Pass the model "
+            "with its language-model head."
+        )
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 and rank_and_count()[1] > 1:
+        raise UnsupportedModelError(
+            "a model that `device_map` spreads over devices is trained by one process: run without "
+            "`torchrun`, or load it onto one device a rank."
+        )
+    if teacher is not None:
+        _check_teacher(model, teacher)
+    if is_self(data) and teacher is None:
+        raise InvalidArgumentError(
+            "`teacher` is needed: `data='self'` is text that the dense model writes. Pass the "
+            "model as it was before it was pruned, or text as `data`."
+        )
+    if is_self(data) and not can_write(teacher):
+        raise UnsupportedModelError(
+            f"`teacher`, a {type(teacher).__name__}, cannot write text. Pass text as `data`."
+        )
+    places = find_places(model, ffns, targets)
+    if places.parameters and settings.dropout > 0:
+        raise InvalidArgumentError(
+            f"`dropout` must be 0 for experts that share a tensor, such as "
+            f"`{places.parameters[0]}`, got {settings.dropout}. Use "
+            "`dataclasses.replace(settings, dropout=0.0)`, or `targets='attention'`."
+        )
+    return places
+
+
+def _check_teacher(model: Any, teacher: Any) -> None:
+    """Check that the teacher is another model with the same vocabulary.
+
+    Raises:
+        InvalidArgumentError: If it is not.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise InvalidArgumentError(
+            "`teacher` is the model itself, or shares weights with it. Load the dense model once "
+            "more, or keep a `copy.deepcopy(model)` before you prune."
+        )
+    words, known = (len(each.get_input_embeddings().weight) for each in (model, teacher))
+    if words != known:
+        raise InvalidArgumentError(
+            f"`teacher` knows {known} tokens and the model {words}: it is not the model that was "
+            "pruned."
+        )

@@ -1,0 +1,153 @@
+"""The folder that makes a recovery resumable: what is being done, checkpoints, the adapter.
+
+Shapes: N windows, W tokens a window.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from yopo.errors import InvalidArgumentError, YopoError
+from yopo.files import read_folder, write_folder
+from yopo.ranks import gather, rank_and_count
+from yopo.recovery.adapter import Trained, save_adapter
+
+logger = logging.getLogger(__name__)
+
+_KIND = "recovery"
+_ADAPTER = "adapter"
+BEST = "best.safetensors"
+"""The best adapter so far, written last of all into a checkpoint: what has it is whole."""
+
+_SAMPLE = 1024
+"""Numbers of a matrix that tell it from others."""
+
+
+class RecoveryFolder:
+    """Keep a recovery in a folder, and find what an earlier call has left there.
+
+    Args:
+        path: The folder; it need not exist.
+        description: What is being done, as JSON has it. A folder that holds another is refused.
+
+    Raises:
+        InvalidArgumentError: If the folder holds something else.
+        PolicyFileError: If its files are damaged.
+    """
+
+    def __init__(self, path: str | Path, description: Mapping[str, Any]) -> None:
+        """Look into the folder."""
+        self.path = Path(path)
+        self._description = dict(description)
+        self.text: dict[str, Tensor] | None = None
+        if not self.path.exists():
+            return
+        if not self.path.is_dir() or not (self.path / f"{_KIND}_config.json").exists():
+            if self.path.is_dir() and not any(self.path.iterdir()):
+                return
+            raise InvalidArgumentError(
+                f"`output` {self.path} exists and holds no recovery: name another folder."
+            )
+        found, self.text = read_folder(self.path, _KIND)
+        for key, value in self._description.items():
+            if found.get(key) != value:
+                raise InvalidArgumentError(
+                    f"`output` {self.path} holds a recovery with another `{key}`: "
+                    f"{_shown(found.get(key), value)}. Name another folder, or delete this one."
+                )
+
+    @property
+    def trained(self) -> Trained | None:
+        """Return what an earlier call has finished, None if there is more to do."""
+        file = self.path / _ADAPTER / BEST
+        return Trained.load(file) if file.exists() else None
+
+    def begin(self, text: Mapping[str, Tensor]) -> None:
+        """Write down what is being done, and the text, unless an earlier call has.
+
+        Raises:
+            YopoError: If it cannot be written.
+        """
+        if self.text is None:
+            on_first_rank(lambda: write_folder(self.path, _KIND, self._description, text))
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint; those that are not are deleted."""
+        checkpoints = sorted(
+            self.path.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])
+        )
+        whole = [folder for folder in checkpoints if (folder / BEST).exists()]
+        if rank_and_count()[0] == 0:
+            for folder in set(checkpoints) - set(whole):
+                shutil.rmtree(folder, ignore_errors=True)
+        return whole[-1] if whole else None
+
+    def finish(self, adapted: Any, trained: Trained) -> None:
+        """Write the adapter as peft does, all or nothing, and drop the checkpoints.
+
+        Raises:
+            YopoError: If it cannot be written.
+        """
+
+        def work() -> None:
+            partial = self.path / f".{_ADAPTER}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                save_adapter(adapted, partial)
+                trained.save(partial / BEST)
+                partial.rename(self.path / _ADAPTER)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            for folder in self.path.glob("checkpoint-*"):
+                with suppress(OSError):
+                    shutil.rmtree(folder)
+
+        on_first_rank(work)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return what tells the weights of `model` from others: a checksum of a sample of each."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // _SAMPLE)].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checksum(tokens: Tensor) -> str:
+    """Return a checksum of token ids."""
+    shape = str(tuple(tokens.shape)).encode()
+    return hashlib.sha256(shape + tokens.contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Let the first rank do some work that all wait for.
+
+    Raises:
+        YopoError: If it fails, on all ranks.
+    """
+    failed: Exception | None = None
+    if rank_and_count()[0] == 0:
+        try:
+            work()
+        except Exception as error:
+            failed = error
+    told = gather([None if failed is None else str(failed)])[0]
+    if told is not None:
+        raise YopoError(told if failed is None else str(failed)) from failed
+
+
+def _shown(found: Any, wanted: Any) -> str:
+    """Return how two entries of a description differ, fields of settings one by one."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        differ = [key for key in wanted if found.get(key) != wanted[key]]
+        return ", ".join(f"`{key}` {found.get(key)} instead of {wanted[key]}" for key in differ)
+    return f"{found!r:.20} instead of {wanted!r:.20}"
