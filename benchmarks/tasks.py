@@ -110,9 +110,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     return (
         "# Zero-shot accuracy\n\nPercent, ± one standard error over the questions, at a ratio of "
         f"{RATIO} (`python benchmarks/tasks.py`). The models are small, and know little more than "
-        "how words follow one another: on the paper's tasks and on MMLU the dense ones are near "
+        "how words follow one another. On the paper's tasks and on MMLU the dense ones are near "
         "chance: these show that the pipeline works, not which method is better. On BLiMP, which "
-        f"asks for the likelier of two sentences, they are not.\n\n{format_table(table)}\n\n"
+        "asks for the likelier of two sentences, they are well above it, but what a cut loses is "
+        f"hardly more than the standard error. Perplexity tells more.\n\n{format_table(table)}\n\n"
         f"The paper's tasks: {pinned}.\n"
     )
 
