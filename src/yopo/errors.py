@@ -26,3 +26,15 @@ class PolicyFileError(YopoError, ValueError):
 
 class NotFittedError(YopoError, RuntimeError):
     """Report a pruner asked for rows before it had a policy, or for a report before it pruned."""
+
+
+def missing_extra(told: str, extra: str) -> YopoError:
+    """Return the error that names the extra to install.
+
+    Args:
+        told: What needs which package.
+        extra: The extra of yopo that brings it.
+    """
+    return YopoError(
+        f'{told}: pip install "yopo-prune[{extra}]" (not "yopo", which is another project).'
+    )

@@ -15,11 +15,12 @@ from yopo import InvalidArgumentError, RecoverySettings, UnsupportedModelError, 
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 from yopo.recovery.adapter import Trained
+from yopo.recovery.folder import RecoveryFolder
 from yopo.recovery.losses import distillation_loss, next_token_loss
+from yopo.recovery.schedule import Schedule
 from yopo.recovery.targets import find_places
 from yopo.recovery.texts import read_windows
 from yopo.recovery.trainer import Best, RecoveryTrainer
-from yopo.recovery.training import Schedule
 
 SMALL = RecoverySettings(window=32, batch=4, epochs=1, written=36, learning_rate=5e-3)
 TOKENS = torch.arange(640).view(20, 32) * 7 % 60 + 3
@@ -499,6 +500,24 @@ def test_an_interrupted_recovery_goes_on_to_what_an_uninterrupted_one_gives(
     assert_same(model.state_dict(), expected)
     again = yopo.recover(build("llama"), TOKENS, settings=settings, output=tmp_path / "run")
     assert_same(again.state_dict(), expected)
+
+
+def test_training_that_had_ended_early_is_not_taken_up_again(tmp_path, monkeypatch):
+    looks = []
+    original = Best.on_evaluate
+
+    def look(self, args, state, control, **given):
+        given["metrics"]["eval_loss"] = float(len(looks) > 1)
+        looks.append(state.global_step)
+        original(self, args, state, control, **given)
+
+    monkeypatch.setattr(Best, "on_evaluate", look)
+    monkeypatch.setattr(RecoveryFolder, "finish", lambda *_: 1 / 0)
+    settings = replace(SMALL, epochs=10, evaluate_every=2, patience=2)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            yopo.recover(build("llama"), TOKENS, settings=settings, output=tmp_path)
+    assert looks == [0, 2, 4]
 
 
 def test_the_text_that_the_teacher_wrote_is_written_once(pruned, dense, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError, YopoError, missing_extra
 from yopo.evaluation.scores import Score, TaskReport, TaskScore
 from yopo.evaluation.texts import check_tokenizer
 from yopo.generators import generators_put_back
@@ -129,10 +129,7 @@ def _load_tasks(
     try:
         manager = _manager(None if data_dir is None else str(data_dir))
     except ImportError as error:
-        raise YopoError(
-            'tasks need lm-eval: pip install "yopo-prune[eval]" (not "yopo", which is another '
-            "project)."
-        ) from error
+        raise missing_extra("tasks need lm-eval", "eval") from error
     known = manager.all_tasks
     for name in names:
         if name not in known:

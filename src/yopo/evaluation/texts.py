@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError, missing_extra
 
 
 def _wikitext2(load_dataset: Any) -> str:
@@ -139,9 +139,9 @@ def _downloaded(name: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise YopoError(
-            f'{name!r} needs datasets: pip install "yopo-prune[eval]" (not "yopo", which is '
-            "another project); or pass a file or a text of your own."
+        raise missing_extra(
+            f"{name!r} is downloaded by datasets; pass a file or a text of your own, or install it",
+            "eval",
         ) from error
     try:
         return NAMED[name](load_dataset)

@@ -6,7 +6,7 @@ from math import log10
 from pathlib import Path
 from typing import IO, Any
 
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError, missing_extra
 
 Target = str | Path | IO[bytes]
 
@@ -45,10 +45,7 @@ def drawn(path: Target, width: float, height: float, title: str) -> Iterator[Any
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise YopoError(
-            'plots need matplotlib: pip install "yopo-prune[plot]" (not "yopo", which is another '
-            "project)."
-        ) from error
+        raise missing_extra("plots need matplotlib", "plot") from error
     with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         if title:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from yopo.adapters import check_weights, find_ffns
-from yopo.errors import InvalidArgumentError, UnsupportedModelError, YopoError
+from yopo.errors import InvalidArgumentError, UnsupportedModelError, missing_extra
 from yopo.ranks import rank_and_count
 from yopo.recovery.settings import TARGETS, RecoverySettings
 from yopo.recovery.targets import Places, find_places
@@ -21,10 +21,7 @@ def check_installed() -> None:
     """
     for name in ("peft", "accelerate"):
         if importlib.util.find_spec(name) is None:
-            raise YopoError(
-                f'`recover` needs {name}: pip install "yopo-prune[recover]" (not "yopo", which is '
-                "another project)."
-            )
+            raise missing_extra(f"`recover` needs {name}", "recover")
 
 
 def check_call(

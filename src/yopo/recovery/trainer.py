@@ -79,7 +79,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the adapters, and nothing that only the Trainer's own way of loading needs."""
+        """Write the adapters alone, without a pickle of the arguments."""
         save_adapter(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

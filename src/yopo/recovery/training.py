@@ -4,11 +4,9 @@ Shapes: N windows, W tokens a window, V vocabulary.
 """
 
 import logging
-import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +18,11 @@ from yopo.ranks import rank_and_count
 from yopo.recovery.adapter import Trained, put_on
 from yopo.recovery.folder import BEST, RecoveryFolder
 from yopo.recovery.keeping import activations_checkpointed, put_back, remember_modules
+from yopo.recovery.schedule import Schedule
 from yopo.recovery.settings import RecoverySettings, rate_for
 from yopo.recovery.targets import Places
 
 logger = logging.getLogger(__name__)
-
-_NUMBERS = 2**28
-"""Logits of a forward pass: a gigabyte in float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Say how many windows are seen at a time, and for how many steps.
-
-    Attributes:
-        windows: Windows that are learned from, a multiple of a batch.
-        micro: Windows a forward pass of a rank.
-        passes: Forward passes of a rank a step.
-        steps: Steps of the optimiser.
-        every: Steps between two looks at the validation windows.
-        warmup: Steps until the rate is at its height.
-    """
-
-    windows: int
-    micro: int
-    passes: int
-    steps: int
-    every: int
-    warmup: int
-
-    @classmethod
-    def of(
-        cls, settings: RecoverySettings, *, windows: int, length: int, vocabulary: int
-    ) -> "Schedule":
-        """Return the schedule that `settings` give for so many windows.
-
-        Raises:
-            InvalidArgumentError: If the ranks cannot share a batch evenly.
-        """
-        _, ranks = rank_and_count()
-        batch = min(settings.batch, windows // ranks * ranks)
-        if batch == 0 or batch % ranks:
-            raise InvalidArgumentError(
-                f"`batch={settings.batch}` cannot be shared evenly by {ranks} ranks with {windows} "
-                "windows: use a multiple of their number, and more text than that."
-            )
-        share = batch // ranks
-        most = settings.micro_batch or max(1, _NUMBERS // (length * vocabulary))
-        micro = max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
-        steps = windows // batch * settings.epochs
-        warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
-        return cls(
-            windows=windows // batch * batch,
-            micro=micro,
-            passes=share // micro,
-            steps=steps,
-            every=settings.evaluate_every or math.ceil(steps / 10),
-            warmup=math.ceil(warmup),
-        )
 
 
 def train_adapters(
@@ -101,14 +46,17 @@ def train_adapters(
             written.
         InvalidArgumentError: If the ranks cannot share a batch evenly.
     """
-    from yopo.recovery.trainer import Best, DivergedError
+    from yopo.recovery.trainer import Best
 
     words = len(model.get_input_embeddings().weight)
     schedule = Schedule.of(
         settings, windows=len(text_NW), length=text_NW.shape[1], vocabulary=words
     )
     checkpoint = None if folder is None else folder.last_checkpoint()
-    best = Best(settings.patience, None if checkpoint is None else Trained.load(checkpoint / BEST))
+    so_far = None if checkpoint is None else Trained.load(checkpoint / BEST)
+    if so_far is not None and so_far.waited >= settings.patience:
+        return so_far  # training had ended, and was interrupted before that was written down
+    best = Best(settings.patience, so_far)
     with ExitStack() as stack:
         stack.enter_context(put_back(remember_modules(model)))
         with torch.random.fork_rng(devices=[]):
@@ -137,29 +85,41 @@ def train_adapters(
             text=text_NW[: schedule.windows],
             validation=validation_NW,
         )
-        if checkpoint is not None:
-            logger.info("Going on from `%s`.", checkpoint)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except DivergedError as error:
-            if best.trained.step == 0:
-                raise YopoError(
-                    f"{error}, before anything was won; the model is as it was. Use a smaller "
-                    "`learning_rate` in the `settings`, or load the model in a wider `dtype`."
-                ) from error
-            logger.warning("%s: the best adapter, of step %d, is kept.", error, best.trained.step)
-        except KeyboardInterrupt:
-            if best.trained.step == 0 or folder is not None or rank_and_count()[1] > 1:
-                raise
-            logger.warning(
-                "Interrupted at step %d of %d: the best adapter, of step %d, is kept.",
-                trainer.state.global_step,
-                schedule.steps,
-                best.trained.step,
-            )
-        finally:
-            trainer.accelerator.free_memory()
+        may_end_early = folder is None and rank_and_count()[1] == 1
+        _run(trainer, best, checkpoint, may_end_early=may_end_early)
     return best.trained
+
+
+def _run(trainer: Any, best: Any, checkpoint: Path | None, *, may_end_early: bool) -> None:
+    """Train, and see to it that what has been won is not lost.
+
+    Raises:
+        YopoError: If the loss becomes NaN before anything is won.
+    """
+    from yopo.recovery.trainer import DivergedError
+
+    if checkpoint is not None:
+        logger.info("Going on from `%s`.", checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DivergedError as error:
+        if best.trained.step == 0:
+            raise YopoError(
+                f"{error}, before anything was won; the model is as it was. Use a smaller "
+                "`learning_rate` in the `settings`, or load the model in a wider `dtype`."
+            ) from error
+        logger.warning("%s: the best adapter, of step %d, is kept.", error, best.trained.step)
+    except KeyboardInterrupt:
+        if best.trained.step == 0 or not may_end_early:
+            raise
+        logger.warning(
+            "Interrupted at step %d of %d: the best adapter, of step %d, is kept.",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+            best.trained.step,
+        )
+    finally:
+        trainer.accelerator.free_memory()
 
 
 def _trainer(
