@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -375,3 +376,9 @@ def test_retention_above_chance_is_told_only_where_the_other_is_above_chance():
     near = TaskScore("a", "acc", 100, 0.25, Score(0.4, 0.05), Score(0.34, 0.05))
     assert near.retention_above_chance is None
     assert near.retention == pytest.approx(0.4 / 0.34)
+
+
+def test_without_lm_eval_the_error_names_the_extra(model, tokenizer, data_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(yopo.YopoError, match=r"yopo-prune\[eval\]"):
+        yopo.evaluate(model, tokenizer, tasks="piqa", data_dir=f"{data_dir}/")

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -95,3 +96,9 @@ def test_without_a_network_the_error_names_the_way_out(monkeypatch):
     for name in NAMED:
         with pytest.raises(OSError, match="path of a file"):
             yopo.read_text(name)
+
+
+def test_without_datasets_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(yopo.YopoError, match=r"yopo-prune\[eval\]"):
+        yopo.read_text("wikitext2")
