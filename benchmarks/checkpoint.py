@@ -12,7 +12,7 @@ cache emptied before where that is allowed and all writes on the disk at the end
 * the cut itself: `prune_checkpoint(…, plan=…)` with rows drawn at random;
 * the default recipe, `PolicyPruner.lean()`, on the first two layers: what it takes for one FFN it
   takes for all;
-* one episode of `PolicyPruner.prunenet().fit(folder)`.
+* one episode of `PolicyPruner.prunenet().fit(folder)`, or of these what `--only` names.
 
 Memory is the peak of anonymous pages (`RssAnon`), and of all pages (`VmRSS`), files that are mapped
 included, above what the process has once yopo and transformers are imported.
