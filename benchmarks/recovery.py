@@ -13,15 +13,19 @@ results/recovery.json and .md.
 import copy
 import logging
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 import yopo
 from common import WINDOW, Subject, measure_subjects
 from yopo import criteria
 from yopo.pages import format_table
+from yopo.recovery.losses import distillation_loss
 
 RATIOS = (0.3,)
 WINDOWS = 128
@@ -65,6 +69,7 @@ def _measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
         for cut, prune in CUTS.items():
             pruned = prune(subject.load(), ratio)
             before = yopo.perplexity(pruned, subject.test_T, window=WINDOW)
+            apart = _divergence(dense, pruned, subject.test_T)
             for way, call in calls.items():
                 if way == MORE and cut != "default":
                     continue
@@ -82,10 +87,22 @@ def _measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
                     "before": before,
                     "after": after,
                     "won_back": math.log(before / after) / math.log(before / whole),
+                    "divergence_before": apart,
+                    "divergence_after": _divergence(dense, model, subject.test_T),
                     "minutes": minutes,
                 }
                 print(row, flush=True)
                 yield row
+
+
+def _divergence(dense: Any, model: Any, tokens_T: torch.Tensor) -> float:
+    """Return KL(dense ‖ model) in nats of the next token, the mean over a text."""
+    losses = []
+    with torch.no_grad():
+        for ids_BW in tokens_T.view(-1, WINDOW).split(8):
+            logits = (each(input_ids=ids_BW, use_cache=False).logits for each in (model, dense))
+            losses += [float(distillation_loss(*logits))] * len(ids_BW)
+    return statistics.fmean(losses)
 
 
 def _page(rows: list[dict[str, Any]]) -> str:
@@ -106,6 +123,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
         for cut in CUTS:
             found = [row for row in rows if (row["ratio"], row["cut"]) == (ratio, cut)]
             table = [["model", "dense", "pruned", *ways]]
+            apart = [["model", "pruned", *ways]]
             spent = [["model", *ways]]
             for name in names:
                 own = {row["way"]: row for row in found if row["model"] == name}
@@ -117,6 +135,8 @@ def _page(rows: list[dict[str, Any]]) -> str:
                     for way in ways
                 ]
                 table.append([name, f"{first['dense']:.2f}", f"{first['before']:.2f}", *cells])
+                left = [f"{own[way]['divergence_after']:.4f}" if way in own else "" for way in ways]
+                apart.append([name, f"{first['divergence_before']:.4f}", *left])
                 times = [
                     f"{own[way]['minutes']:.1f} ({own[way]['won_back'] / own[way]['minutes']:.2f})"
                     if way in own
@@ -130,6 +150,10 @@ def _page(rows: list[dict[str, Any]]) -> str:
                 "Share won back, and in brackets the perplexity that is left:",
                 "",
                 format_table(table),
+                "",
+                "KL(dense ‖ recovered) in nats of the next token, on the same text:",
+                "",
+                format_table(apart),
                 "",
                 "Minutes of one thread, writing included, and in brackets the share won back a "
                 "minute:",

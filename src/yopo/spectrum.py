@@ -88,7 +88,8 @@ class Spectrum:
             gram = _grams_of(weight_FD, None, dtype)[0] if self.gram is None else self.gram
             if self.rows <= self.columns:
                 return gram[kept_MK[:, :, None], kept_MK[:, None, :]]
-            grams_MDD = gram.repeat(len(kept_MK), 1, 1)
+            is_spare = self.gram is None and len(kept_MK) == 1  # may be written into
+            grams_MDD = gram[None] if is_spare else gram.repeat(len(kept_MK), 1, 1)
             return _add_grams(grams_MDD, weight_FD, _complement(kept_MK, self.rows), sign=-1)
 
     def possible_distances(self, eigenvalues_MN: Tensor) -> Tensor:
