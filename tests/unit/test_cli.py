@@ -155,6 +155,9 @@ def test_recover_writes_a_model_that_is_nearer_to_its_teacher(tmp_path, capsys):
     assert after < 0.8 * before
     assert main(["recover", str(pruned), "--output", str(better), *asked]) == 2
     assert "not empty" in capsys.readouterr().err
+    other = ["--output", str(tmp_path / "other"), "--data", "wikitext2"]
+    assert main(["recover", str(pruned), *other]) == 2  # what is measured on is not learned from
+    assert "no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("named", "loads"), [("weights", False), ("self", True)])

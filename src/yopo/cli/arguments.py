@@ -108,7 +108,7 @@ def _add_recover(found: Any) -> argparse.ArgumentParser:
     recovery.add_argument("--output", type=Path, required=True, help="folder to write")
     recovery.add_argument("--teacher", metavar="DENSE", help="the model that was cut")
     recovery.add_argument(
-        "--data", default="self", help="self, the default: the teacher writes; or a text or file"
+        "--data", default="self", help="self, the default: the teacher writes; or a file"
     )
     recovery.add_argument("--settings", choices=["paper", "published"], default="paper")
     recovery.add_argument("--targets", choices=["both", "attention", "ffn"], default="both")

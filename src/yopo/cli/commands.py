@@ -83,8 +83,7 @@ def prune_command(options: argparse.Namespace) -> None:
             **size,
         )
     else:
-        if options.output.exists() and any(options.output.iterdir()):
-            raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
+        _check_output(options.output)
         model = load(options.model, dtype=options.dtype)
         if not pruner.is_fitted:
             pruner.fit(model)
@@ -168,13 +167,12 @@ def recover_command(options: argparse.Namespace) -> None:
     Raises:
         InvalidArgumentError: If the folder to write is not empty.
     """
-    if options.output.exists() and any(options.output.iterdir()):
-        raise InvalidArgumentError(f"`--output {options.output}` exists and is not empty.")
+    _check_output(options.output)
     model, tokenizer = open_with_tokenizer(options.model, dtype=options.dtype)
     teacher = None
     if options.teacher is not None:
         teacher, _ = open_with_tokenizer(options.teacher, tokenizer, dtype=options.dtype)
-    data = options.data if options.data in ("self", *NAMED) else Path(options.data)
+    data = "self" if options.data == "self" else Path(options.data)
     recover(
         model,
         data,
@@ -207,6 +205,11 @@ def bench_command(options: argparse.Namespace) -> None:
     print(report)
     if options.json is not None:
         _write_json(options.json, report.to_dict())
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise InvalidArgumentError(f"`--output {folder}` exists and is not empty.")
 
 
 def _check_json(file: Path | None) -> None:
