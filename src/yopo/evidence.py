@@ -19,7 +19,7 @@ from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.imagining import imagine_moments
 from yopo.memory import is_out_of_memory, memory_left, moments_bytes, too_little_memory
 from yopo.moments import Moments, read_moments
-from yopo.writing import LENGTH, SEQUENCES, can_write, write_tokens
+from yopo.writing import LENGTH, SEQUENCES, can_write, positions_of, write_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Evidence:
             InvalidArgumentError: If the model cannot read the tokens given.
         """
         on_disk = _is_on_disk(model)
-        checksum = token_bytes() if on_disk else _checksum(model)  # what may change is not known
+        checksum = token_bytes() if on_disk else checksum_of(model)  # what may change is not known
         if checksum != self._checksum:
             self._checksum, self._inputs, self._seen = checksum, {}, {}
         if all(ffn.name in self._seen for ffn in ffns):
@@ -173,15 +173,15 @@ def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
             f"`evidence` ids must lie in [0, {vocabulary}), the model's vocabulary, got "
             f"{int(ids_NW.min())} to {int(ids_NW.max())}."
         )
-    longest = getattr(text, "max_position_embeddings", None) or ids_NW.shape[1]
-    if ids_NW.shape[1] > longest:
+    longest = positions_of(config)
+    if longest is not None and ids_NW.shape[1] > longest:
         raise InvalidArgumentError(
             f"`evidence` sequences may have at most {longest} tokens, as many as the model can "
             f"read, got {ids_NW.shape[1]}."
         )
 
 
-def _checksum(model: nn.Module) -> bytes:
+def checksum_of(model: nn.Module) -> bytes:
     """Return a checksum of the class and all weights of `model`, summed up where they lie."""
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(2**62, (_CHUNK,), generator=generator, device="cpu") * 2 + 1

@@ -27,6 +27,16 @@ The first tokens are drawn amid noise, hence a second time; a step makes as much
 """
 
 
+def positions_of(config: Any) -> int | None:
+    """Return how many tokens a model has positions for, None where it knows no limit.
+
+    Args:
+        config: Its config.
+    """
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", None) or -1)
+    return longest if longest > 0 else None  # XLNet says -1
+
+
 def can_write(model: nn.Module) -> bool:
     """Tell whether `model` can write text: it reads token ids, and a head turns states into them.
 
@@ -236,9 +246,7 @@ def _readable(model: Any, length: int) -> int:
 
     RoBERTa and its kin count positions from the padding on.
     """
-    text = model.config.get_text_config()
-    longest = int(getattr(text, "max_position_embeddings", None) or -1)
-    longest = longest if longest > 0 else length  # XLNet says -1 for no limit
+    longest = positions_of(model.config) or length
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             longest = min(longest, int(module.num_embeddings - module.padding_idx - 1))

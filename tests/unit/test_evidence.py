@@ -232,6 +232,12 @@ def test_other_failures_of_the_model_stay_what_they_are(tiny_model, monkeypatch)
         moments_of(Evidence(torch.ones(1, 8, dtype=torch.int64), seed=0), model)
 
 
+def test_a_model_that_knows_no_limit_reads_tokens_of_any_length(tiny_model):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = -1
+    moments_of(Evidence(torch.ones(1, 8, dtype=torch.int64), seed=0), model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_checksum_knows_one_number_from_another_wherever_it_is(dtype):
     def model_with(values):
@@ -241,17 +247,17 @@ def test_the_checksum_knows_one_number_from_another_wherever_it_is(dtype):
         return model
 
     values = torch.linspace(-1, 1, 37)
-    same = yopo.evidence._checksum(model_with(values))
-    assert same == yopo.evidence._checksum(model_with(values.clone()))
+    same = yopo.evidence.checksum_of(model_with(values))
+    assert same == yopo.evidence.checksum_of(model_with(values.clone()))
     swapped = values.clone()
     swapped[[3, 30]] = values[[30, 3]]
     last = values.clone()
     last[-1] = 0.5
     negative = values.clone()
     negative[0] = 1.0
-    others = {yopo.evidence._checksum(model_with(v)) for v in (swapped, last, negative)}
+    others = {yopo.evidence.checksum_of(model_with(v)) for v in (swapped, last, negative)}
     assert len(others | {same}) == 4
-    assert same != yopo.evidence._checksum(model_with(values.view(1, 37)))
+    assert same != yopo.evidence.checksum_of(model_with(values.view(1, 37)))
 
 
 def test_a_model_whose_units_overflow_on_a_text_is_refused(tiny_model):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from yopo.errors import InvalidArgumentError
 from yopo.evaluation.texts import check_tokenizer, tokens_of
+from yopo.writing import positions_of
 
 _USUAL = 2048
 """Tokens a window in the papers of the field."""
@@ -109,10 +110,8 @@ def _checked(
     Raises:
         InvalidArgumentError: If one is outside its range.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    positions = getattr(text, "max_position_embeddings", None) or -1
-    longest = positions if positions > 0 else None
+    config: Any = model.config
+    longest = positions_of(config)
     if window is None:
         window = _USUAL if longest is None else min(_USUAL, longest)
     if window < 2 or (longest is not None and window > longest):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yopo.errors import InvalidArgumentError
 from yopo.evaluation.texts import check_tokenizer, read_text
 from yopo.ranks import gather, own
-from yopo.writing import SEQUENCES, split_into, write_tokens
+from yopo.writing import SEQUENCES, positions_of, split_into, write_tokens
 
 Data = str | Path | Sequence[str] | Tensor | Any
 
@@ -81,8 +81,7 @@ def is_self(data: Data) -> bool:
 
 def readable_length(model: Any, length: int) -> int:
     """Return `length`, or less where the model has fewer positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
-    return min(length, positions) if positions > 0 else length
+    return min(length, positions_of(model.config) or length)
 
 
 def find_tokenizer(model: Any, tokenizer: Any) -> Any:

@@ -15,6 +15,7 @@ from yopo.memory import is_out_of_memory
 from yopo.speed.machine import forget_peak, peak, wait
 from yopo.speed.result import Speed, SpeedReport
 from yopo.speed.timing import time_in_turn, writes
+from yopo.writing import positions_of
 
 __all__ = ["Speed", "SpeedReport", "benchmark", "time_in_turn"]
 
@@ -165,8 +166,8 @@ def _check(source: _Source, prompt: int, new_tokens: int) -> None:
     if isinstance(source, nn.Module):
         _check_weights(source)
     needed = prompt + new_tokens if writes(kind) else prompt
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
-    if 0 < longest < needed:  # XLNet says -1 for no limit
+    longest = positions_of(config)
+    if longest is not None and longest < needed:
         raise InvalidArgumentError(
             f"`prompt={prompt}` and `new_tokens={new_tokens}` take {needed} positions, and "
             f"{_name(source)} has {longest} (`max_position_embeddings`). Use fewer."
