@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from yopo.errors import InvalidArgumentError, YopoError
 from yopo.files import read_folder, write_folder
@@ -24,9 +24,6 @@ _KIND = "recovery"
 _ADAPTER = "adapter"
 BEST = "best.safetensors"
 """The best adapter so far, written last of all into a checkpoint: what has it is whole."""
-
-_SAMPLE = 1024
-"""Numbers of a matrix that tell it from others."""
 
 
 class RecoveryFolder:
@@ -109,17 +106,6 @@ class RecoveryFolder:
                     shutil.rmtree(folder)
 
         on_first_rank(work)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return what tells the weights of `model` from others: a checksum of a sample of each."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
-        numbers = parameter.detach().flatten()
-        sample = numbers[:: max(1, len(numbers) // _SAMPLE)].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def checksum(tokens: Tensor) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from yopo.evidence import checksum_of
 from yopo.generators import generators_put_back
 from yopo.ranks import check_agreement
 from yopo.recovery.adapter import Trained, put_on, write_weights
 from yopo.recovery.checks import check_call, check_installed
-from yopo.recovery.folder import RecoveryFolder, checksum, fingerprint
+from yopo.recovery.folder import RecoveryFolder, checksum
 from yopo.recovery.keeping import (
     in_float32_on_cpu,
     put_back,
@@ -24,9 +25,7 @@ from yopo.recovery.keeping import (
 from yopo.recovery.portions import portions_of
 from yopo.recovery.settings import RecoverySettings, Targets, settings_by_name
 from yopo.recovery.targets import Places
-from yopo.recovery.texts import (
-    Data,
-)
+from yopo.recovery.texts import Data
 from yopo.recovery.training import train_adapters
 from yopo.surgery import interrupts_held
 
@@ -94,8 +93,8 @@ def recover(
     chosen = settings_by_name(settings)
     places = check_call(model, data, teacher, chosen, targets, seed)
     job = {
-        "model": fingerprint(model),
-        "teacher": None if teacher is None else fingerprint(teacher),
+        "model": checksum_of(model).hex(),
+        "teacher": None if teacher is None else checksum_of(teacher).hex(),
         "settings": asdict(chosen),
         "targets": targets,
         "seed": seed,
