@@ -1,7 +1,7 @@
-import builtins
 import io
 import math
 import random
+import sys
 import xml.etree.ElementTree
 
 import pytest
@@ -172,14 +172,7 @@ def test_singular_values_of_zero_have_no_place_on_a_logarithmic_axis(tmp_path):
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(yopo.YopoError, match=r'pip install "yopo-prune\[plot\]"'):
         plot_perplexities(tmp_path / "plot.png", [0.1], {"yopo": [2]}, dense=1.5, title="t")
 
