@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -168,44 +167,3 @@ def perplexity_rows(perplexities: Mapping[str, tuple[float, float]]) -> list[lis
         [text, f"{dense:,.3f}", f"{pruned:,.3f}", f"{pruned / dense:.3f}"]
         for text, (dense, pruned) in perplexities.items()
     ]
-
-
-def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return a table of scores on tasks, dense and pruned, in percent ± one standard error.
-
-    Args:
-        tasks: For each task `metric`, the number of questions `n`, what guessing scores (`chance`)
-            and, for `pruned` and `dense`, `value` and `stderr`; or, as `TaskReport.to_dict` has
-            them, `questions`, `model`, `against` and `error`. What is missing is left blank.
-    """
-    table = [["task", "metric", "questions", "chance", "dense", "pruned", "change"]]
-    for name, task in tasks.items():
-        dense, pruned = _either(task, "dense", "against"), _either(task, "pruned", "model")
-        values = [_either(score or {}, "value") for score in (dense, pruned)]
-        metric = str(_either(task, "metric") or "")
-        unit = 1 if "perplexity" in metric else 100
-        change = None if None in values else unit * (values[1] - values[0])
-        questions, chance = _either(task, "n", "questions"), _either(task, "chance")
-        table.append(
-            [
-                name,
-                metric,
-                "" if questions is None else f"{questions:,}",
-                "" if chance is None else f"{100 * chance:.1f}",
-                _score(dense, unit),
-                _score(pruned, unit),
-                "" if change is None else f"{change:+.2f}",
-            ]
-        )
-    return table
-
-
-def _either(entry: Mapping[str, Any], *keys: str) -> Any:
-    return next((entry[key] for key in keys if entry.get(key) is not None), None)
-
-
-def _score(score: Mapping[str, Any] | None, unit: int) -> str:
-    value, error = (_either(score or {}, *keys) for keys in (("value",), ("stderr", "error")))
-    if value is None:
-        return ""
-    return f"{unit * value:.2f}" + ("" if error is None else f" ± {unit * error:.2f}")

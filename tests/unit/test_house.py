@@ -19,8 +19,8 @@ ORDER = (
     "errors generators files shards adapters memory parallel ranks damping plan sampling "
     "upkeep surgery loading stored checkpoint spectrum writing moments imagining evidence "
     "elimination allocation budget features scorer restore lean reward divergence criteria "
-    "policy decision reinforce published training report speed pages plots calls card "
-    "pruning_report pruner rewriting staging on_disk evaluation recovery embedded demo cli"
+    "policy decision reinforce published training report evaluation speed pages plots calls "
+    "card pruning_report pruner rewriting staging on_disk recovery embedded demo cli"
 ).split()
 """A module may import only those before it."""
 

@@ -1,7 +1,6 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,6 @@ from yopo.report import (
     perplexity_rows,
     size_rows,
     sizes_of,
-    task_rows,
     width_rows,
 )
 
@@ -109,17 +107,3 @@ def test_kept_shares_are_averaged_over_ffns():
 
 def test_perplexities_are_told_with_their_ratio():
     assert perplexity_rows({"text": (2.0, 3.0)})[1] == ["text", "2.000", "3.000", "1.500"]
-
-
-@pytest.mark.parametrize("names", ["dense pruned stderr n", "against model error questions"])
-def test_scores_on_tasks_are_told_in_percent_whatever_they_are_called(names):
-    dense, pruned, error, questions = names.split()
-    task = {"metric": "acc_norm", "chance": 0.25, questions: 1838}
-    task |= {dense: {"value": 0.75, error: 0.01}, pruned: {"value": 0.7, error: None}}
-    expected = ["piqa", "acc_norm", "1,838", "25.0", "75.00 ± 1.00", "70.00", "-5.00"]
-    assert task_rows({"piqa": task})[1] == expected
-
-
-def test_what_is_not_known_of_a_task_is_left_blank():
-    task = {"metric": "word_perplexity", "dense": None, "pruned": {"value": 12.5}, "chance": None}
-    assert task_rows({"text": task})[1] == ["text", "word_perplexity", "", "", "", "12.50", ""]

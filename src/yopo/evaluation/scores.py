@@ -1,11 +1,14 @@
 """What models score on tasks, one beside another, and a table of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from yopo.report import format_table
+
+_AVERAGE = "average"
+"""What the mean over tasks is called among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +45,14 @@ class TaskScore:
     against: Score | None = None
 
     @property
+    def is_share(self) -> bool:
+        """Tell whether the metric is a share of the questions, not a perplexity."""
+        return "perplexity" not in self.metric
+
+    @property
     def retention(self) -> float | None:
-        """Return the score as a share of the other model's."""
-        return _share(self.model, self.against, 0.0)
+        """Return the score as a share of the other model's; None for a perplexity."""
+        return _share(self.model, self.against, 0.0) if self.is_share else None
 
     @property
     def retention_above_chance(self) -> float | None:
@@ -79,15 +87,16 @@ class TaskReport:
     def average(self) -> TaskScore | None:
         """Return the mean over tasks that one metric each was asked for of; None below two.
 
-        Each task counts alike, as in the paper's tables; groups are left out if there are any.
+        Each task counts alike, as in the paper's tables. None too where there are groups, or
+        perplexities, which have no place in a mean of accuracies.
         """
-        if len(self.scores) < 2 or self.members:
+        if len(self.scores) < 2 or self.members or not all(s.is_share for s in self.scores):
             return None
         chances = [score.chance for score in self.scores]
         others = [score.against for score in self.scores if score.against is not None]
         known = [chance for chance in chances if chance is not None]
         return TaskScore(
-            task="average",
+            task=_AVERAGE,
             metric="",
             questions=sum(score.questions for score in self.scores),
             chance=sum(known) / len(known) if len(known) == len(chances) else None,
@@ -99,33 +108,66 @@ class TaskReport:
         """Return everything as plain values that JSON can hold, retention included."""
         return {
             "names": list(self.names),
-            "tasks": {score.task: _plain(score) for score in self._rows()},
+            "tasks": {score.task: _plain(score) for score in self._scores()},
             "members": {score.task: _plain(score) for score in self.members},
             "pinned": self.pinned,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report that `to_dict` has written out, or that was read from JSON.
+
+        Raises:
+            KeyError: If something is missing.
+        """
+        scores = [_score_from(name, found) for name, found in values["tasks"].items()]
+        return cls(
+            names=(values["names"][0], values["names"][1]),
+            scores=tuple(score for score in scores if score.task != _AVERAGE),
+            members=tuple(_score_from(name, v) for name, v in values["members"].items()),
+            pinned=dict(values["pinned"]),
+        )
+
     def __str__(self) -> str:
         """Return a Markdown table, and below it what moves the numbers."""
+        return f"{format_table(self.rows())}\n\n{self.settings}"
+
+    @property
+    def settings(self) -> str:
+        """Return in words what moves the numbers."""
+        pinned = "; ".join(f"{name} {_short(value)}" for name, value in self.pinned.items())
+        return f"Accuracies in percent, ± one standard error over the questions. {pinned}."
+
+    def rows(self) -> list[list[str]]:
+        """Return the table."""
         compared = any(score.against is not None for score in self.scores)
         header = ["task", "metric", "questions", "chance"]
         header += [*reversed(self.names), "kept", "kept above chance"] if compared else ["score"]
         rows = [header]
-        for score in self._rows():
+        for score in self._scores():
+            unit = 100 if score.is_share else 1
             row = [score.task, score.metric, f"{score.questions:,}", _percent(score.chance)]
             if compared:
-                row += [_cell(score.against), _cell(score.model), _percent(score.retention)]
-                row += [_percent(score.retention_above_chance)]
+                row += [_cell(score.against, unit), _cell(score.model, unit)]
+                row += [_percent(score.retention), _percent(score.retention_above_chance)]
             else:
-                row += [_cell(score.model)]
+                row += [_cell(score.model, unit)]
             rows.append(row)
-        pinned = "; ".join(f"{name} {_short(value)}" for name, value in self.pinned.items())
-        return (
-            f"{format_table(rows)}\n\nPercent, ± one standard error over the questions. {pinned}."
-        )
+        return rows
 
-    def _rows(self) -> list[TaskScore]:
+    def _scores(self) -> list[TaskScore]:
         average = self.average
         return [*self.scores, *([] if average is None else [average])]
+
+
+def _score_from(task: str, values: Mapping[str, Any]) -> TaskScore:
+    model, against = values["model"], values["against"]
+    return TaskScore(
+        task=task,
+        **{name: values[name] for name in ("metric", "questions", "chance")},
+        model=Score(**model),
+        against=None if against is None else Score(**against),
+    )
 
 
 def _plain(score: TaskScore) -> dict[str, Any]:
@@ -156,11 +198,11 @@ def _short(value: Any) -> Any:
     return shared[0] if len(shared) == 1 else value
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: Score | None, unit: int) -> str:
     if score is None:
         return ""
-    told = f"{100 * score.value:.2f}"
-    return told if score.error is None else f"{told} ± {100 * score.error:.2f}"
+    told = f"{unit * score.value:.2f}"
+    return told if score.error is None else f"{told} ± {unit * score.error:.2f}"
 
 
 def _percent(value: float | None) -> str:

@@ -104,12 +104,19 @@ def evaluate(
 
 
 @cache
+def _manager_of_lm_eval() -> Any:
+    """Return what finds lm-eval's own definitions: of thousands, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def _manager(data_dir: str | None) -> Any:
-    """Return what finds the definitions of tasks; there are thousands, which takes seconds."""
+    """Return what finds the definitions of tasks."""
     from lm_eval.tasks import TaskManager
 
     if data_dir is None:
-        return TaskManager()
+        return _manager_of_lm_eval()
     paths = [str(_DEFINITIONS), data_dir]
     return TaskManager(include_path=paths, include_defaults=False, metadata={"data_dir": data_dir})
 

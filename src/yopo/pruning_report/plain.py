@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from yopo.errors import InvalidArgumentError, PolicyFileError
+from yopo.evaluation import TaskReport
 from yopo.plan import PruningPlan
 from yopo.reinforce import Episode
 from yopo.report import Sizes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # the report itself calls these functions
 _KIND, _FORMAT = "yopo-pruning-report", 1
 
 _AS_THEY_ARE = ("base", "model_class", "needs_yopo", "call")
-_MAPPINGS = ("recipe", "versions", "metadata", "seconds", "ks", "tasks")
+_MAPPINGS = ("recipe", "versions", "metadata", "seconds", "ks")
 
 
 def values_of(report: "PruningReport") -> dict[str, Any]:
@@ -42,6 +43,7 @@ def values_of(report: "PruningReport") -> dict[str, Any]:
             text: {"dense": dense, "pruned": pruned}
             for text, (dense, pruned) in report.perplexities.items()
         },
+        "tasks": None if report.tasks is None else report.tasks.to_dict(),
         "speed": None if speed is None else speed.to_dict(),
         "rows": dict(plan.rows),
         "widths": plan.widths,
@@ -73,7 +75,7 @@ def fields_of(values: Any) -> dict[str, Any]:
 
 
 def _fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    rows, speed = values["rows"], values["speed"]
+    rows, tasks, speed = values["rows"], values["tasks"], values["speed"]
     kept = {name: _unpacked(text, rows[name]) for name, text in values["kept"].items()}
     return {
         **{name: values[name] for name in _AS_THEY_ARE},
@@ -85,6 +87,7 @@ def _fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
             text: (float(pair["dense"]), float(pair["pruned"]))
             for text, pair in values["perplexities"].items()
         },
+        "tasks": None if tasks is None else TaskReport.from_dict(tasks),
         "speed": None if speed is None else SpeedReport.from_dict(speed),
         "kept_by_norm": {name: tuple(shares) for name, shares in values["kept_by_norm"].items()},
         "spectra": {name: (tuple(a), tuple(b)) for name, (a, b) in values["spectra"].items()},

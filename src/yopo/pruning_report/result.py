@@ -15,6 +15,7 @@ from torch import nn
 
 from yopo.card import MARK, base_name, read_metadata, set_aside
 from yopo.errors import InvalidArgumentError, PolicyFileError, YopoError
+from yopo.evaluation import TaskReport
 from yopo.pages import to_html, to_markdown
 from yopo.plan import PruningPlan
 from yopo.pruning_report.plain import fields_of, values_of
@@ -57,7 +58,7 @@ class PruningReport:
         kept_by_norm: The share kept of each tenth of an FFN's rows, by the norm of the gate row,
             lowest first.
         perplexities: For each text the perplexity of the dense and of the pruned model.
-        tasks: What an evaluation on tasks has found.
+        tasks: What `evaluate` has found.
         speed: What `benchmark` has measured.
 
     Example:
@@ -81,7 +82,7 @@ class PruningReport:
     spectra: Mapping[str, Pair] = field(default_factory=dict)
     kept_by_norm: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     perplexities: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    tasks: Mapping[str, Any] = field(default_factory=dict)
+    tasks: TaskReport | None = None
     speed: SpeedReport | None = None
 
     def with_spectra(self, dense: nn.Module | str | Path) -> Self:
@@ -118,26 +119,17 @@ class PruningReport:
         found = dict(self.perplexities) | {text: (float(dense), float(pruned))}
         return replace(self, perplexities=found)
 
-    def with_tasks(self, result: Any) -> Self:
-        """Return this report with what an evaluation on tasks has found.
-
-        Args:
-            result: Its report, or what `to_dict` of that returns: `tasks`, for each task by name
-                its `metric`, `chance` and scores, and `pinned`, what moves the numbers.
+    def with_tasks(self, tasks: TaskReport) -> Self:
+        """Return this report with what `evaluate` has measured of the pruned model.
 
         Raises:
-            InvalidArgumentError: If it is no such thing.
+            InvalidArgumentError: If it is no `TaskReport`.
         """
-        found = result.to_dict() if hasattr(result, "to_dict") else result
-        tasks = found.get("tasks") if isinstance(found, Mapping) else None
-        if not isinstance(tasks, Mapping) or not all(
-            isinstance(t, Mapping) for t in tasks.values()
-        ):
+        if not isinstance(tasks, TaskReport):
             raise InvalidArgumentError(
-                "`result` must be what an evaluation returns, a mapping whose `tasks` holds a "
-                f"mapping for each task by name, got {result!r}."
+                f"`tasks` must be a TaskReport, as `yopo.evaluate` returns it, got {tasks!r}."
             )
-        return replace(self, tasks=found)
+        return replace(self, tasks=tasks)
 
     def with_speed(self, speed: SpeedReport) -> Self:
         """Return this report with what `benchmark` has measured of the pruned model.

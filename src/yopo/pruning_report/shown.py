@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from yopo.card import MARK, front_matter, loading_code
 from yopo.pages import Section, to_markdown
 from yopo.plots import Target, plot_kept_rows, plot_rewards, plot_spectra, plot_speed
-from yopo.report import kept_rows, ks_rows, perplexity_rows, size_rows, task_rows, width_rows
+from yopo.report import kept_rows, ks_rows, perplexity_rows, size_rows, width_rows
 
 if TYPE_CHECKING:  # the report itself calls these functions
     from yopo.pruning_report.result import PruningReport
@@ -23,7 +23,6 @@ _KEPT = (
     "mean over FFNs, and the FFNs with the least and the most. Whoever goes by that norm alone "
     "keeps the highest and nothing else."
 )
-_TASKS = "Accuracies in percent, ± one standard error over the questions. "
 
 _LABELS = {"ratio": "ratio of the policy", "evidence_used": "evidence used"}
 
@@ -64,10 +63,8 @@ def sections_of(
         yield Section("Learning", text, picture=drawn.get("rewards", b""))
     if report.perplexities:
         yield Section("Perplexity", rows=perplexity_rows(report.perplexities))
-    if report.tasks:
-        pinned = report.tasks.get("pinned") or {}
-        told = "; ".join(f"{name} {value}" for name, value in pinned.items())
-        yield Section("Tasks", _TASKS + told, rows=task_rows(report.tasks["tasks"]))
+    if report.tasks is not None:
+        yield Section("Tasks", report.tasks.settings, rows=report.tasks.rows())
     if report.speed is not None:
         rows, picture = report.speed.rows(), drawn.get("speed", b"")
         yield Section("Speed", report.speed.settings, rows=rows, picture=picture)
