@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 import yopo
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
-from yopo.evaluation import perplexity
 
 GROUP = 32
 # The settings of torch that torchao would change hold for the whole process.
@@ -53,10 +52,9 @@ def left_alone(model):
 def show(name, model):
     """Print the perplexity, the size and what the model writes."""
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
-    print(
-        f"{name:>15}: perplexity {perplexity(model, text):.3f}, {weight_bytes(model):>9,} bytes, "
-        f"{tokenizer.decode(ids, skip_special_tokens=True)!r}"
-    )
+    surprise, size = yopo.perplexity(model, text), weight_bytes(model)
+    written = tokenizer.decode(ids, skip_special_tokens=True)
+    print(f"{name:>15}: perplexity {surprise:.3f}, {size:>9,} bytes, {written!r}")
 
 
 dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import yopo
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
-from yopo.evaluation import perplexity
 
 source = Path(sys.argv[1]) if len(sys.argv) > 1 else model_path()
 text = AutoTokenizer.from_pretrained(source)(write_text(HELD_OUT_SEED, 20_000), verbose=False)
@@ -21,7 +20,7 @@ with tempfile.TemporaryDirectory() as folder:
     report = yopo.PruningReport.load(pruned).with_spectra(source)
 
     models = [AutoModelForCausalLM.from_pretrained(place) for place in (source, pruned)]
-    dense, smaller = (perplexity(model, torch.tensor(text.input_ids)) for model in models)
+    dense, smaller = (yopo.perplexity(model, torch.tensor(text.input_ids)) for model in models)
     report = report.with_perplexity("stories that no model has seen", dense=dense, pruned=smaller)
 
     report.save(Path(folder, "report"))  # report.html, with plots
