@@ -19,7 +19,7 @@ ORDER = (
     "errors generators files shards adapters memory parallel ranks damping plan sampling "
     "upkeep surgery loading stored checkpoint spectrum writing moments imagining evidence "
     "elimination allocation budget features scorer restore lean reward divergence criteria "
-    "policy decision reinforce published training report evaluation speed pages plots calls "
+    "policy decision reinforce published training report evaluation symbolic speed pages plots calls "
     "card pruning_report pruner rewriting staging on_disk recovery embedded demo cli"
 ).split()
 """A module may import only those before it."""

@@ -1,0 +1,82 @@
+"""The fifteen functions: what the reference computes, and the same where nothing can go wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from yopo.symbolic import PRIMITIVES, Expression
+from yopo.symbolic.primitives import LARGEST
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TENSORS = load_file(GOLDEN / "pruner_zero.safetensors")
+TERMINALS = {name: TENSORS[name] for name in ("W", "G", "X")}
+CASES = json.loads((GOLDEN / "pruner_zero.json").read_text())["trees"]
+FINITE = [case for case in CASES if case["finite"]]
+
+
+def test_there_are_golden_figures_for_250_expressions():
+    assert (len(CASES), len(FINITE)) == (250, 248)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_compat_values_are_those_of_the_reference(case):
+    value = Expression.from_json(case["tree"]).evaluate(TERMINALS, primitives="compat")
+    assert list(value.shape) == case["shape"]
+    assert bool(value.isfinite().all()) == case["finite"]
+    torch.testing.assert_close(
+        value, TENSORS[f"{case['name']}.score"], rtol=1e-6, atol=0.0, equal_nan=True
+    )
+
+
+def test_safe_values_are_the_same_wherever_the_reference_is_finite():
+    for case in FINITE:
+        expression = Expression.from_json(case["tree"])
+        safe, compat = (
+            expression.evaluate(TERMINALS, primitives=kind) for kind in ("safe", "compat")
+        )
+        torch.testing.assert_close(safe, compat.clamp(-LARGEST, LARGEST), rtol=1e-4, atol=1e-6)
+
+
+extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-3, 1.0, 88.8, 1e4, 1e20, LARGEST])
+numbers = st.builds(lambda size, sign: size * sign, extremes, st.sampled_from([1.0, -1.0]))
+
+
+@given(st.lists(numbers, min_size=12, max_size=12))
+def test_safe_values_are_finite_for_any_finite_numbers(values):
+    a, b = torch.tensor(values[:6]).view(2, 3), torch.tensor(values[6:9]).view(1, 3)
+    for name, primitive in PRIMITIVES.items():
+        for operands in (a, b), (b, a), (a[:1, :1], b[:, :1]):
+            value = primitive.safe(*operands[: primitive.arity])
+            assert value.isfinite().all(), (name, operands)
+            assert value.abs().max() <= LARGEST
+
+
+def test_constant_operands_are_no_reason_to_divide_by_zero():
+    constant = torch.full((3, 4), 2.0)
+    for name in ("mms", "zsn"):
+        assert PRIMITIVES[name].safe(constant).eq(0).all()
+        assert PRIMITIVES[name].compat(constant).isnan().all()
+    assert PRIMITIVES["zsn"].safe(torch.ones(1, 1)).eq(0).all()
+    assert PRIMITIVES["div"].safe(constant, torch.zeros(3, 4)).isfinite().all()
+
+
+def test_a_norm_counts_a_row_as_often_as_it_is_spread():
+    weight, row = torch.rand(5, 4), torch.rand(1, 4)
+    expected = weight / torch.linalg.vector_norm(row.repeat(5, 1))
+    for function in (PRIMITIVES["div"].safe, PRIMITIVES["div"].compat):
+        torch.testing.assert_close(function(weight, row), expected)
+
+
+def test_operands_are_left_as_they_were():
+    a, b = torch.rand(3, 4), torch.rand(3, 4)
+    before = a.clone(), b.clone()
+    for primitive in PRIMITIVES.values():
+        for function in (primitive.safe, primitive.compat):
+            function(*(a, b)[: primitive.arity])
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
