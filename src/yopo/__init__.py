@@ -6,7 +6,7 @@ to an unrelated project.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from yopo import criteria
+from yopo import criteria, symbolic
 from yopo.adapters import find_ffns, register_adapter
 from yopo.criteria import plan_by_criterion
 from yopo.errors import (
@@ -27,6 +27,7 @@ from yopo.recovery import RecoverySettings, recover
 from yopo.reinforce import Episode
 from yopo.speed import SpeedReport, benchmark
 from yopo.surgery import apply_plan
+from yopo.symbolic import MetricPruner
 
 try:
     __version__ = version("yopo-prune")
@@ -36,6 +37,7 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 __all__ = [
     "Episode",
     "InvalidArgumentError",
+    "MetricPruner",
     "NotFittedError",
     "PolicyFileError",
     "PolicyMismatchError",
@@ -59,4 +61,5 @@ __all__ = [
     "read_text",
     "recover",
     "register_adapter",
+    "symbolic",
 ]

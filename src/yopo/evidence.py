@@ -115,7 +115,7 @@ class Evidence:
                 "`evidence='weights'`, or load the model with its weights."
             )
         if isinstance(kind, Tensor):
-            _check_tokens(model, kind)
+            check_tokens(model, kind, called="evidence")
             return {"input_ids": kind}
         if not can_write(model):
             raise UnsupportedModelError(
@@ -159,8 +159,13 @@ def _is_on_disk(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
+def check_tokens(model: nn.Module, ids_NW: Tensor, *, called: str) -> None:
     """Check that `model` can read the tokens.
+
+    Args:
+        model: The model.
+        ids_NW: Token ids.
+        called: The argument that they were given as.
 
     Raises:
         InvalidArgumentError: If an id is outside its vocabulary, or a sequence is too long.
@@ -170,13 +175,13 @@ def _check_tokens(model: nn.Module, ids_NW: Tensor) -> None:
     vocabulary = getattr(text, "vocab_size", None) or int(ids_NW.max()) + 1
     if ids_NW.min() < 0 or ids_NW.max() >= vocabulary:
         raise InvalidArgumentError(
-            f"`evidence` ids must lie in [0, {vocabulary}), the model's vocabulary, got "
+            f"`{called}` ids must lie in [0, {vocabulary}), the model's vocabulary, got "
             f"{int(ids_NW.min())} to {int(ids_NW.max())}."
         )
     longest = positions_of(config)
     if longest is not None and ids_NW.shape[1] > longest:
         raise InvalidArgumentError(
-            f"`evidence` sequences may have at most {longest} tokens, as many as the model can "
+            f"`{called}` sequences may have at most {longest} tokens, as many as the model can "
             f"read, got {ids_NW.shape[1]}."
         )
 

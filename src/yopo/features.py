@@ -63,6 +63,24 @@ def row_features(ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
     return _standardised(torch.stack(columns, dim=1))
 
 
+def leverage_scores(weight_FD: Tensor) -> Tensor:
+    """Return the leverage wᵀ(WᵀW)⁻¹w `(F,)` of each row of a matrix, float32, in [0, 1].
+
+    A ridge makes rank-deficient matrices safe. It has to exceed the rounding of the product, which
+    grows with the largest eigenvalue.
+    """
+    weight_FD = _scaled(weight_FD)
+    gram_DD = (weight_FD.T @ weight_FD).double()
+    ridge = 1e-6 * gram_DD.norm().clamp_min(_TINY)
+    gram_DD.diagonal().add_(ridge)
+    factor_DD = torch.linalg.cholesky(gram_DD)
+    whitened_DF = torch.linalg.solve_triangular(
+        factor_DD.to(weight_FD.dtype), weight_FD.T, upper=False
+    )
+    leverage_F: Tensor = whitened_DF.square().sum(dim=0)
+    return leverage_F
+
+
 def _scaled(weight: Tensor) -> Tensor:
     """Return float32 values in [-1, 1]: their squares stay in range, and no feature minds."""
     weight = weight.float()
@@ -75,19 +93,7 @@ def _log_norm(weight_FD: Tensor) -> Tensor:
 
 
 def _log_leverage(weight_FD: Tensor) -> Tensor:
-    """Return log leverage scores `(F,)`, with a ridge that makes rank-deficient matrices safe.
-
-    The ridge has to exceed the rounding of the product, which grows with the largest eigenvalue.
-    """
-    gram_DD = (weight_FD.T @ weight_FD).double()
-    ridge = 1e-6 * gram_DD.norm().clamp_min(_TINY)
-    gram_DD.diagonal().add_(ridge)
-    factor_DD = torch.linalg.cholesky(gram_DD)
-    whitened_DF = torch.linalg.solve_triangular(
-        factor_DD.to(weight_FD.dtype), weight_FD.T, upper=False
-    )
-    leverage_F: Tensor = whitened_DF.square().sum(dim=0)
-    return leverage_F.clamp_min(_TINY).log()
+    return leverage_scores(weight_FD).clamp_min(_TINY).log()
 
 
 def _log_spectral_weight(weight_FD: Tensor) -> Tensor:

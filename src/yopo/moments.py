@@ -6,19 +6,16 @@ A hidden unit is an input of the contract matrix. All that selection and restori
 are means and second moments over tokens, so states are summed up as they come and never stored.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from yopo.adapters import Ffn
 from yopo.errors import UnsupportedModelError
+from yopo.watching import Watch, eager_experts, without_head
 from yopo.writing import with_progress
 
 _BATCH = 16
@@ -64,15 +61,14 @@ def read_moments(
         UnsupportedModelError: If hidden units are NaN or infinite.
     """
     sums = {ffn.name: MomentSums.zeros(ffn) for ffn in ffns}
-    prefix = getattr(model, "base_model_prefix", "")
-    if prefix and all(ffn.path.startswith(f"{prefix}.") for ffn in ffns):
-        model = model.get_submodule(prefix)  # the head costs most of a pass and holds no FFN
+    watched = [(ffn.contract_weight(), ffn.contract.expert, sums[ffn.name].add) for ffn in ffns]
+    model = without_head(model, [ffn.path for ffn in ffns])
     device = next(model.parameters()).device
     rows = len(next(iter(inputs.values())))
     training = model.training
     try:
         model.eval()
-        with _eager_experts(model), torch.no_grad(), _Watch(ffns, sums):
+        with eager_experts(model), torch.no_grad(), Watch(watched):
             for start in with_progress(range(0, rows, _BATCH), "read"):
                 batch = {key: value[start : start + _BATCH] for key, value in inputs.items()}
                 model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
@@ -124,50 +120,3 @@ class MomentSums:
         second_FF = self.second_FF.div_(count)
         second_FF.addr_(mean_F + centre_F, centre_F).addr_(centre_F, mean_F)
         return Moments(second_FF, mean_F + centre_F, self.tokens)
-
-
-class _Watch(TorchFunctionMode):
-    """See every product with a contract matrix, wherever a model computes it.
-
-    The factor in front of the matrix is the hidden units. It is looked for by the memory of the
-    matrix, so that a `Linear`, a `Conv1D` and one expert's slice of a tensor are the same to it.
-    """
-
-    def __init__(self, ffns: Sequence[Ffn], sums: dict[str, MomentSums]) -> None:
-        super().__init__()
-        self._by_storage: dict[int, list[Ffn]] = defaultdict(list)
-        self._sums = sums
-        for ffn in ffns:
-            self._by_storage[ffn.contract.parameter.untyped_storage().data_ptr()].append(ffn)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        for hidden, weight in pairwise(tensors):
-            ffns = self._by_storage.get(weight.untyped_storage().data_ptr(), [])
-            for ffn in ffns:
-                with torch._C.DisableTorchFunctionSubclass():
-                    self._see(ffn, hidden, weight)
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, ffn: Ffn, hidden: Tensor, weight: Tensor) -> None:
-        slot = ffn.contract
-        first = slot.read(ffn.rows)
-        if weight.dim() == 3 and slot.expert is not None and hidden.dim() == 3:
-            self._sums[ffn.name].add(hidden[slot.expert])
-        elif weight.dim() == 2 and weight.storage_offset() == first.storage_offset():
-            self._sums[ffn.name].add(hidden)
-
-
-@contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
-    """Let experts multiply one at a time, so that each product can be seen."""
-    key = "_experts_implementation"
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), key)}
-    previous = {number: getattr(config, key) for number, config in configs.items()}
-    try:
-        for config in configs.values():
-            setattr(config, key, "eager")
-        yield
-    finally:
-        for number, config in configs.items():
-            setattr(config, key, previous[number])

@@ -20,6 +20,11 @@ found = {}
 for kind in ("llama", "qwen2_moe"):
     model = yopo.recover(build(kind), tokens, settings=settings)
     found |= {f"{kind} {n}": t for n, t in model.state_dict().items()}
+model = build("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+for parameter in model.transformer.h.parameters():
+    parameter.detach()[parameter.abs() < 0.1] = 0.0
+yopo.recover(model, tokens, settings=settings)
+found |= {f"sparse {n}": t for n, t in model.state_dict().items()}
 model, dense = build("opt", dropout=0.0), build("opt", seed=1)
 yopo.recover(model, teacher=dense, settings=settings, output=f"{sys.argv[1]}-run")
 found |= {f"opt {n}": t for n, t in model.state_dict().items()}
@@ -53,4 +58,6 @@ def test_all_ranks_end_with_the_weights_that_one_process_finds(alone):
     for name, tensor in expected.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], tensor, atol=1e-4), name
+        if name.startswith("sparse"):
+            assert torch.equal(first[name] == 0, tensor == 0), name
     assert (folder / "two-run" / "adapter" / "adapter_model.safetensors").exists()

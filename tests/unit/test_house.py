@@ -16,11 +16,12 @@ SOURCE = Path(yopo.__file__).parent
 MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__.py")
 
 ORDER = (
-    "errors generators files shards adapters memory parallel ranks damping plan sampling "
-    "upkeep surgery loading stored checkpoint spectrum writing moments imagining evidence "
-    "elimination allocation budget features scorer restore lean reward divergence criteria "
-    "policy decision reinforce published training report evaluation symbolic speed pages plots calls "
-    "card pruning_report pruner rewriting staging on_disk recovery embedded demo cli"
+    "errors generators precision files shards adapters memory parallel ranks damping plan "
+    "sampling upkeep surgery loading stored checkpoint spectrum writing watching moments "
+    "imagining evidence elimination allocation budget features scorer restore lean reward "
+    "divergence criteria policy decision reinforce published training report evaluation "
+    "symbolic speed pages plots calls card pruning_report pruner rewriting staging on_disk "
+    "recovery embedded demo cli"
 ).split()
 """A module may import only those before it."""
 
@@ -161,7 +162,7 @@ def test_every_public_name_says_what_it_is(name):
         assert issubclass(found, Exception)
 
 
-MADE_BY = {"missing_extra": "YopoError"}
+MADE_BY = {"missing_extra": "YopoError", "no_gradients": "UnsupportedModelError"}
 """What a function that makes an error returns."""
 
 

@@ -9,6 +9,7 @@ import pytest
 import yopo
 from yopo import InvalidArgumentError
 from yopo.plots import (
+    plot_evolution,
     plot_kept_rows,
     plot_perplexities,
     plot_rewards,
@@ -18,6 +19,9 @@ from yopo.plots import (
 from yopo.plots.canvas import pattern, short_names, shortened
 from yopo.reinforce import Episode
 from yopo.speed.result import Speed, SpeedReport
+from yopo.symbolic.expression import Expression
+from yopo.symbolic.history import Candidate, Evolution
+from yopo.symbolic.settings import EvolutionSettings
 
 PNG = b"\x89PNG"
 COUNTS = (1, 2, 4, 12, 13, 80)
@@ -59,6 +63,21 @@ def episodes(count, layers, *, ks):
         Episode(n, values(), values(), values(), values() if ks else (), values() if ks else ())
         for n in range(count)
     ]
+
+
+def evolution(values, *, drawn=(), first=50):
+    def candidates(values):
+        return tuple(
+            Candidate(n, Expression("W"), str(n), value, iteration=max(0, n - first + 1))
+            for n, value in enumerate(values)
+        )
+
+    return Evolution(candidates(values), candidates(drawn), EvolutionSettings(), ("W",), 0)
+
+
+def perplexities(count):
+    draw = random.Random(0)
+    return [5 + math.exp(draw.uniform(0, 12)) for _ in range(count)]
 
 
 def texts_of(draw, *given, **named):
@@ -135,6 +154,38 @@ def test_speed_is_drawn_beside_its_bound(tmp_path):
     alone = set(texts_of(plot_speed, SpeedReport(speed(decode=None), None, 1, 8, 4)))
     assert "prefill" in alone
     assert "a/dense" not in alone
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 350])
+def test_a_search_is_drawn_beside_the_random_search(count, tmp_path):
+    found = evolution(perplexities(count), drawn=perplexities(count)[::-1])
+    plot_evolution(tmp_path / "plot.png", found, title="title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+    texts = set(texts_of(plot_evolution, found))
+    assert {"evolution, best so far", "random search, best so far", "one expression"} <= texts
+    assert {"expressions evaluated", "fitness (lower is better)"} <= texts
+    assert "random search, best so far" not in texts_of(plot_evolution, evolution([2.0, 1.0]))
+
+
+def test_expressions_that_are_far_too_bad_do_not_stretch_the_axis():
+    values = [90.0, 2.0, math.inf, 1e9, 1.5]
+    texts = texts_of(plot_evolution, evolution(values, drawn=[90.0, 3.0]))
+    assert "more than 15, or infinite" in texts
+    assert {"2", "10"} <= set(texts)
+    assert "100" not in texts
+    assert not any("infinite" in text for text in texts_of(plot_evolution, evolution([2.0, 1.0])))
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [-5.0, 1000.0], [3.0, 3.0], [math.inf, -2.0]])
+def test_fitness_may_be_any_number(values, tmp_path):
+    plot_evolution(tmp_path / "plot.png", evolution(values, drawn=values))
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_a_search_without_a_finite_fitness_is_not_drawn(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="`evolution` has no finite fitness"):
+        plot_evolution(tmp_path / "plot.png", evolution([math.inf]))
+    assert not (tmp_path / "plot.png").exists()
 
 
 @pytest.mark.parametrize(

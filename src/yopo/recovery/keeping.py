@@ -4,9 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import nn
-
 Undo = Callable[[], None]
 
 
@@ -65,27 +62,6 @@ def remember_modules(model: Any) -> Undo:
         model.__dict__.pop("peft_config", None)
 
     return undo
-
-
-@contextmanager
-def in_float32_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Hold half-precision weights that lie on a CPU in float32, which is exact both ways.
-
-    A CPU multiplies matrices of halves several times slower, and float16 would lose small
-    gradients.
-    """
-    halves = [
-        (tensor, tensor.dtype)
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.device.type == "cpu"
-    ]
-    try:
-        for tensor, _ in halves:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager

@@ -10,18 +10,19 @@ from torch import nn
 
 from yopo.evidence import checksum_of
 from yopo.generators import generators_put_back
+from yopo.precision import in_float32
 from yopo.ranks import check_agreement
 from yopo.recovery.adapter import Trained, put_on, write_weights
 from yopo.recovery.checks import check_call, check_installed
 from yopo.recovery.folder import RecoveryFolder, checksum
 from yopo.recovery.keeping import (
-    in_float32_on_cpu,
     put_back,
     put_back_on_error,
     remember_modules,
     remember_state,
     verbosity_put_back,
 )
+from yopo.recovery.masks import is_sparse, keep_zeros
 from yopo.recovery.portions import portions_of
 from yopo.recovery.settings import RecoverySettings, Targets, settings_by_name
 from yopo.recovery.targets import Places
@@ -69,7 +70,8 @@ def recover(
         targets: Which matrices get an adapter: those of the "attention", of the "ffn", or "both".
         validation: Text to choose the best adapter by, as `data`; by default the last windows of
             `data`, a tenth of them and at most 64, which are not learned from.
-        merge: Whether to merge the adapters into the weights, or to return a `PeftModel`.
+        merge: Whether to merge the adapters into the weights, or to return a `PeftModel`. In
+            matrices of which 1 % or more are zeros, merging leaves every zero at zero.
         output: Folder for checkpoints and at last the adapter. The same call goes on from there
             after an interruption. None writes no files.
         seed: Seed of all randomness, at least 0. The global generators are left as they were.
@@ -99,13 +101,15 @@ def recover(
         "targets": targets,
         "seed": seed,
     }
+    if is_sparse(model, places):
+        job["merge"] = merge  # an adapter that keeps zeros is another than one that need not
     with ExitStack() as stack:
         stack.enter_context(generators_put_back())
         stack.enter_context(verbosity_put_back())
         for each in (model, teacher):
             if each is not None:
                 stack.enter_context(put_back(remember_state(each)))
-                stack.enter_context(in_float32_on_cpu(each))
+                stack.enter_context(in_float32(each))
         if teacher is not None:
             teacher.eval()
         texts, folder = portions_of(
@@ -125,6 +129,7 @@ def recover(
                 validation_NW=texts["validation"],
                 teacher=teacher,
                 folder=folder,
+                to_merge=merge,
                 seed=seed,
             )
     return _finished(model, places, chosen, trained, folder if is_new else None, merge)
@@ -162,5 +167,6 @@ def _finished(
             return adapted.train(model.training)
         with put_back(*undo), interrupts_held():
             if trained.step > 0:
+                keep_zeros(adapted)
                 adapted.merge_and_unload()
     return model

@@ -18,6 +18,7 @@ from yopo.ranks import rank_and_count
 from yopo.recovery.adapter import Trained, put_on
 from yopo.recovery.folder import BEST, RecoveryFolder
 from yopo.recovery.keeping import activations_checkpointed, put_back, remember_modules
+from yopo.recovery.masks import keep_zeros
 from yopo.recovery.schedule import Schedule
 from yopo.recovery.settings import RecoverySettings, rate_for
 from yopo.recovery.targets import Places
@@ -34,9 +35,13 @@ def train_adapters(
     validation_NW: Tensor,
     teacher: nn.Module | None,
     folder: RecoveryFolder | None,
+    to_merge: bool,
     seed: int,
 ) -> Trained:
     """Train adapters on `model`, which is as it was afterwards, and return the best.
+
+    Those that are to be merged learn what they will be once merged: changes of no weight of a
+    sparse matrix that is zero.
 
     Ctrl-C ends training early: without a folder the best adapter so far is returned, and a warning
     says so. So does a loss that becomes NaN.
@@ -62,6 +67,8 @@ def train_adapters(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = put_on(model, places, settings)
+        if to_merge:
+            keep_zeros(adapted)
         stack.enter_context(activations_checkpointed(model, settings.gradient_checkpointing))
         if folder is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yopo-recover-")))
