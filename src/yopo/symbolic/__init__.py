@@ -3,6 +3,7 @@
 from yopo.symbolic.evaluating import Fitness
 from yopo.symbolic.evolution import evolve
 from yopo.symbolic.expression import TERMINALS, Expression
+from yopo.symbolic.fitness import PerplexityFitness
 from yopo.symbolic.growing import crossover, mutate, random_expression
 from yopo.symbolic.history import Candidate, Evolution
 from yopo.symbolic.metric_pruner import MetricPruner, sparsity_of
@@ -25,6 +26,7 @@ __all__ = [
     "Expression",
     "Fitness",
     "MetricPruner",
+    "PerplexityFitness",
     "SpectralFitness",
     "Statistics",
     "collect_statistics",

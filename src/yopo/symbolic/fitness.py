@@ -1,0 +1,140 @@
+"""What a symbolic metric of weights is worth: the perplexity of the model that it prunes."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yopo.errors import InvalidArgumentError
+from yopo.evaluation import perplexity
+from yopo.evidence import checksum_of
+from yopo.surgery import interrupts_held
+from yopo.symbolic.expression import Expression
+from yopo.symbolic.masks import Pattern, dropped
+from yopo.symbolic.matrices import Matrix, find_blocks
+from yopo.symbolic.metrics import check_weight_metric, scores_of
+from yopo.symbolic.statistics import Data, Statistics, inputs_of
+from yopo.writing import LENGTH
+
+_SEQUENCES = 32
+_PROBED = 256
+"""Rows of a matrix whose masks stand for all."""
+
+
+class PerplexityFitness:
+    """Measure the perplexity of a model whose weights an expression has set to zero.
+
+    This is Pruner-Zero's fitness: all linear maps of the layers are pruned at once, by statistics
+    of the dense model. Lower is better; infinity means that the scores choose nothing. The model is
+    changed while it is measured, and put back, so it must serve nobody else meanwhile. Beside it,
+    a copy of its linear maps is held.
+
+    Differs from the reference, which measures on the test text that it reports: what `data` is,
+    should not be what the winner is judged by.
+
+    Args:
+        model: The dense model.
+        statistics: Of the model: G and X, as far as the terminals of a search need them.
+        data: What perplexity is measured on, as for `collect_statistics`; "self" for text that the
+            model writes itself.
+        tokenizer: The model's, for text.
+        sparsity: As for `MetricPruner.prune`.
+        pattern: As for `MetricPruner.prune`.
+        sequences: As for `collect_statistics`.
+        length: As for `collect_statistics`; the window of the perplexity.
+        seed: As for `collect_statistics`. Let it differ from that of the statistics.
+
+    Attributes:
+        fingerprint: What two runs must agree on to be one search.
+
+    Raises:
+        InvalidArgumentError: If an argument is outside its range, or the statistics are of another
+            model.
+        UnsupportedModelError: If the model cannot be pruned, or cannot write.
+
+    Example:
+        >>> statistics = yopo.symbolic.collect_statistics(model, sequences=8, length=32)
+        >>> fitness = yopo.symbolic.PerplexityFitness(model, statistics, sequences=4, length=32)
+        >>> value = fitness(yopo.symbolic.Expression.parse("mul(W, sqrt(X))"))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        *,
+        data: Data = "self",
+        tokenizer: Any = None,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        sequences: int = _SEQUENCES,
+        length: int = LENGTH,
+        seed: int = 1,
+    ) -> None:
+        """Check the arguments, and write or draw the text."""
+        self._pattern = Pattern.of(pattern, sparsity)
+        statistics.check(model)
+        self._model, self._statistics = model, statistics
+        blocks = find_blocks(model)
+        self._matrices = [matrix for block in blocks for matrix in block.matrices]
+        for matrix in self._matrices:
+            self._pattern.check_width(matrix.name, matrix.weight.shape[1])
+        probed = {0, len(blocks) // 2, len(blocks) - 1}
+        self._probe = [matrix for number in sorted(probed) for matrix in blocks[number].matrices]
+        self._dense = [matrix.weight.clone() for matrix in self._matrices]
+        self._ids_NW = inputs_of(
+            model, data, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
+        )["input_ids"]
+        read = hashlib.blake2b(self._ids_NW.numpy().tobytes(), digest_size=8).hexdigest()
+        self.fingerprint = (
+            f"perplexity, {self._pattern}, text {read}, statistics {dict(statistics.made)}, "
+            f"model {checksum_of(model).hex()}"
+        )
+
+    def __call__(self, expression: Expression) -> float:
+        """Return the fitness of an expression.
+
+        Raises:
+            InvalidArgumentError: If it needs statistics that are not there, or its scores are not
+                finite or all the same.
+        """
+        check_weight_metric(expression)
+        with self._put_back():
+            for matrix in self._matrices:
+                matrix.weight.masked_fill_(self._dropped(matrix, expression), 0.0)
+            window = self._ids_NW.shape[1]
+            return perplexity(self._model, self._ids_NW.flatten(), window=window)
+
+    def signature(self, expression: Expression) -> bytes | None:
+        """Return what expressions share that set the same weights to zero, None for useless ones.
+
+        It is a checksum of the masks of up to 256 rows of each matrix in the first, the middle and
+        the last layer.
+        """
+        check_weight_metric(expression)
+        digest = hashlib.blake2b(digest_size=16)
+        try:
+            for matrix in self._probe:
+                gone = self._dropped(matrix, expression)[:_PROBED]
+                digest.update(gone.cpu().numpy().tobytes())
+        except InvalidArgumentError:
+            return None
+        return digest.digest()
+
+    def _dropped(self, matrix: Matrix, expression: Expression) -> Tensor:
+        terminals = self._statistics.of(matrix)
+        scores = scores_of(matrix, expression, terminals, primitives="safe")
+        return dropped(scores, self._pattern)
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        with torch.no_grad():
+            try:
+                yield
+            finally:
+                with interrupts_held():
+                    for matrix, dense in zip(self._matrices, self._dense, strict=True):
+                        matrix.weight.copy_(dense)
