@@ -26,7 +26,6 @@ from common import Subject, measure_subjects
 from yopo import criteria
 from yopo.allocation import Losses, Spread
 from yopo.decision import decide, weigh_losses, write_restored
-from yopo.evaluation import perplexity
 from yopo.evidence import Evidence
 from yopo.report import format_table
 
@@ -120,7 +119,7 @@ def measure(subject: Subject, ratios: list[float]) -> list[dict[str, Any]]:
     """Return one row for each method and ratio on one model."""
     model = subject.load()
     ffns = yopo.find_ffns(model)
-    dense = perplexity(model, subject.test_T)
+    dense = subject.perplexity(model)
     rows: list[dict[str, Any]] = []
 
     def note(method: str, ratio: float, values: list[float], shares: list[float]) -> None:
@@ -145,7 +144,7 @@ def measure(subject: Subject, ratios: list[float]) -> list[dict[str, Any]]:
             yopo.apply_plan(
                 random, yopo.plan_by_criterion(random, ratio, criterion=criterion, multiple_of=1)
             )
-            values.append(perplexity(random, subject.test_T))
+            values.append(subject.perplexity(random))
         note("random rows", ratio, values, [ratio] * len(ffns))
     ids_NW = yopo.writing.write_tokens(copy.deepcopy(model), seed=0)["input_ids"]
     for kind in ("self", "weights"):
@@ -168,7 +167,7 @@ def measure(subject: Subject, ratios: list[float]) -> list[dict[str, Any]]:
             found |= {name: spread.widths(ratio) for name, spread in spreads.items()}
             for name, widths in found.items():
                 shares = [round(1 - widths[ffn.name] / ffn.rows, 3) for ffn in ffns]
-                note(prefix + name, ratio, [perplexity(cut(widths), subject.test_T)], shares)
+                note(prefix + name, ratio, [subject.perplexity(cut(widths))], shares)
     return rows
 
 

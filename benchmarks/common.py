@@ -38,6 +38,10 @@ class Subject:
         """Return a fresh copy of the model in float32."""
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
 
+    def perplexity(self, model: Any) -> float:
+        """Return the perplexity of a model on the tokens to measure on."""
+        return yopo.perplexity(model, self.test_T, window=WINDOW)
+
 
 def subjects(windows: int = 32) -> Iterator[Subject]:
     """Yield the embedded model, then those in `../shared` where it is there."""

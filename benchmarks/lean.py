@@ -20,7 +20,6 @@ from typing import Any
 import yopo
 from common import Subject, measure_subjects
 from yopo import criteria
-from yopo.evaluation import perplexity
 from yopo.report import format_table
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -68,11 +67,11 @@ def _methods() -> dict[str, list[Cut]]:
 
 def measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
     """Yield one row for each method and ratio on one model."""
-    dense = perplexity(subject.load(), subject.test_T)
+    dense = subject.perplexity(subject.load())
     random: dict[float, float] = {}
     for method, cuts in _methods().items():
         for ratio in ratios:
-            values = [perplexity(cut(subject.load(), ratio), subject.test_T) for cut in cuts]
+            values = [subject.perplexity(cut(subject.load(), ratio)) for cut in cuts]
             excess = statistics.fmean(math.log(value / dense) for value in values)
             row = {
                 "model": subject.name,

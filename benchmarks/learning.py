@@ -16,7 +16,6 @@ import torch
 import yopo
 from common import RESULTS, Subject, keep_result, quiet, subjects
 from yopo import criteria
-from yopo.evaluation import perplexity
 from yopo.moments import read_moments
 from yopo.report import format_table
 from yopo.reward import output_reward
@@ -72,7 +71,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     for name, plan in plans.items():
         pruned = subject.load()
         yopo.apply_plan(pruned, plan)
-        left[name] = perplexity(pruned, subject.test_T)
+        left[name] = subject.perplexity(pruned)
     ks = {name: mean_ks(model, plan) for name, plan in plans.items()}
     inputs = write_tokens(model)
     tuned = yopo.PolicyPruner(
@@ -91,7 +90,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             "after 20 episodes": output_error(model, tuned.plan(model), inputs),
             "random rows": output_error(model, randoms[0], inputs),
         },
-        "perplexity": left | {"dense": perplexity(model, subject.test_T)},
+        "perplexity": left | {"dense": subject.perplexity(model)},
     }
 
 

@@ -38,7 +38,6 @@ from transformers import AutoModelForCausalLM
 import baselines
 import yopo
 from common import RESULTS, Subject, keep_result, quiet, subjects
-from yopo.evaluation import perplexity
 from yopo.report import format_table
 
 MODELS = ("embedded", "llama-s")
@@ -144,12 +143,12 @@ def compare(subject: Subject, python: Path, folder: Path) -> list[dict[str, Any]
         yopo.apply_plan(cut, plan)
         row = {key: job[key] for key in ("package", "method", "ratio", "seed")}
         row |= {"model": subject.name, "text": job["text"] is not None}
-        row |= {"ours": perplexity(cut, subject.test_T), "error": answer.get("error")}
+        row |= {"ours": subject.perplexity(cut), "error": answer.get("error")}
         if "error" not in answer:
             pruned = AutoModelForCausalLM.from_pretrained(folder / job["out"], dtype=torch.float32)
             theirs = kept_by(pruned, dense)
             row |= {
-                "theirs": perplexity(pruned.eval(), subject.test_T),
+                "theirs": subject.perplexity(pruned.eval()),
                 "seconds": answer["seconds"],
                 "same rows": same_rows(theirs, dict(plan.kept)),
                 "widths": [len(kept_K) for kept_K in theirs.values()],

@@ -23,7 +23,6 @@ import torch
 import yopo
 from common import RESULTS, Subject, keep_result, quiet, subjects
 from yopo import criteria
-from yopo.evaluation import perplexity
 from yopo.report import format_table
 from yopo.writing import write_tokens
 
@@ -39,7 +38,7 @@ class Judge:
     def __init__(self, subject: Subject) -> None:
         """Measure the dense model and random rows."""
         self.subject = subject
-        self._dense = perplexity(subject.load(), subject.test_T)
+        self._dense = subject.perplexity(subject.load())
         self._lost = {
             ratio: statistics.fmean(
                 self._excess_by(criteria.random_rows(seed), ratio) for seed in SEEDS
@@ -62,7 +61,7 @@ class Judge:
         return self._excess(model)
 
     def _excess(self, model: Any) -> float:
-        return math.log(perplexity(model, self.subject.test_T) / self._dense)
+        return math.log(self.subject.perplexity(model) / self._dense)
 
 
 def learn(judge: Judge, kind: str, folder: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ from bars import Row, bars
 from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, quiet, subjects
 from cost import cost_of
 from methods import ENTRIES, Entry, Workbench
-from yopo.evaluation import perplexity
 from yopo.plots import plot_perplexities
 from yopo.report import format_table
 
@@ -57,7 +56,7 @@ PLOTTED = (
 
 def measure(subject: Subject, entries: dict[str, Entry], ratios: list[float]) -> Iterator[Row]:
     """Yield one row for each method and ratio on one model, with no perplexity where it cannot."""
-    dense = perplexity(subject.load(), subject.test_T)
+    dense = subject.perplexity(subject.load())
     bench = Workbench(subject)
     for name, entry in entries.items():
         for ratio in ratios:
@@ -161,7 +160,7 @@ def subject_on_disk(path: Path, text: Path, windows: int = 32) -> Subject:
 def _left(subject: Subject, bench: Workbench, entry: Entry, ratio: float, seed: int) -> float:
     model = subject.load()
     entry.prune(bench, model, ratio, seed)
-    return perplexity(model, subject.test_T)
+    return subject.perplexity(model)
 
 
 def _run(entry: Entry, bench: Workbench, model: Any) -> None:

@@ -52,7 +52,7 @@ def main() -> None:
 
 def _measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
     dense = subject.load()
-    whole = yopo.perplexity(dense, subject.test_T, window=WINDOW)
+    whole = subject.perplexity(dense)
     settings = yopo.RecoverySettings(written=WINDOWS, window=WINDOW)
     text_NW = subject.real_NW[:WINDOWS]
     calls: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def _measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
     for ratio in ratios:
         for cut, prune in CUTS.items():
             pruned = prune(subject.load(), ratio)
-            before = yopo.perplexity(pruned, subject.test_T, window=WINDOW)
+            before = subject.perplexity(pruned)
             apart = _divergence(dense, pruned, subject.test_T)
             for way, call in calls.items():
                 if way == MORE and cut != "default":
@@ -77,7 +77,7 @@ def _measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
                 started = time.process_time()
                 yopo.recover(model, call["data"], **{k: v for k, v in call.items() if k != "data"})
                 minutes = (time.process_time() - started) / 60
-                after = yopo.perplexity(model, subject.test_T, window=WINDOW)
+                after = subject.perplexity(model)
                 row = {
                     "model": subject.name,
                     "ratio": ratio,

@@ -42,12 +42,12 @@ def row_features(ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
         order_F: Its rows in the order in which greedy elimination drops them, whose positions are
             the last feature. It is the only one that looks at more than weights.
     """
-    gate_FD, *others = [_scaled(weight) for weight in ffn.expand_weights()]
-    contract_FD = _scaled(ffn.contract_weight())
-    gain_D = _scaled(norm_gain_and_bias(ffn, gate_FD.shape[1])[0].to(gate_FD.device))
-    folded_FD = _scaled(gate_FD * gain_D)
+    gate_FD, *others = [scaled(weight) for weight in ffn.expand_weights()]
+    contract_FD = scaled(ffn.contract_weight())
+    gain_D = scaled(norm_gain_and_bias(ffn, gate_FD.shape[1])[0].to(gate_FD.device))
+    folded_FD = scaled(gate_FD * gain_D)
     log_gate_F, log_contract_F = _log_norm(folded_FD), _log_norm(contract_FD)
-    log_up_F = _log_norm(_scaled(others[0] * gain_D)) if others else torch.zeros_like(log_gate_F)
+    log_up_F = _log_norm(scaled(others[0] * gain_D)) if others else torch.zeros_like(log_gate_F)
     columns = [
         log_gate_F,
         log_up_F,
@@ -57,7 +57,7 @@ def row_features(ffn: Ffn, order_F: Tensor | None = None) -> Tensor:
         _log_leverage(folded_FD),
         _log_leverage(contract_FD),
         _log_spectral_weight(gate_FD),
-        _scaled(_bias(ffn, log_gate_F)),
+        scaled(_bias(ffn, log_gate_F)),
         torch.zeros_like(log_gate_F) if order_F is None else order_F.argsort().float(),
     ]
     return _standardised(torch.stack(columns, dim=1))
@@ -69,7 +69,7 @@ def leverage_scores(weight_FD: Tensor) -> Tensor:
     A ridge makes rank-deficient matrices safe. It has to exceed the rounding of the product, which
     grows with the largest eigenvalue.
     """
-    weight_FD = _scaled(weight_FD)
+    weight_FD = scaled(weight_FD)
     gram_DD = (weight_FD.T @ weight_FD).double()
     ridge = 1e-6 * gram_DD.norm().clamp_min(_TINY)
     gram_DD.diagonal().add_(ridge)
@@ -81,7 +81,7 @@ def leverage_scores(weight_FD: Tensor) -> Tensor:
     return leverage_F
 
 
-def _scaled(weight: Tensor) -> Tensor:
+def scaled(weight: Tensor) -> Tensor:
     """Return float32 values in [-1, 1]: their squares stay in range, and no feature minds."""
     weight = weight.float()
     return weight / weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

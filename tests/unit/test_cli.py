@@ -70,6 +70,9 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         ),
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
+        (["sparsify", "{model}", "--output", "{model}"], "exists and is not empty"),
+        (["sparsify", "{model}", "--output", "{new}", "--metric", "mul(W"], "is missing, at"),
+        (["sparsify", "{model}", "--output", "{new}", "--pattern", "2:5"], "do not divide"),
         (["report", "{model}"], "{model}` holds no report: `pruning_report.json` is missing"),
         (["report", "{new}"], "{new}` holds no report"),
         (["info", "{folder}"], "config.json"),
@@ -278,3 +281,33 @@ def test_a_report_is_printed_and_with_the_dense_model_written_with_plots(saved, 
     assert (output / "pruning_report.json").read_bytes() == before
     assert main(["report", str(output), "--against", str(output)]) == 2
     assert "the plan does not fit this model" in capsys.readouterr().err
+
+
+def test_a_metric_on_the_command_line_does_what_it_does_in_python(saved, tmp_path, capsys):
+    output = tmp_path / "sparse"
+    assert main(["sparsify", saved, "--output", str(output), "--metric", "magnitude"]) == 0
+    assert "50.00% to 50.00% zeros in 14 matrices" in capsys.readouterr().out
+    expected = yopo.MetricPruner("magnitude").prune(yopo.load(saved), 0.5)
+    for name, weight in yopo.load(output).state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name]), name
+
+
+def test_rows_are_removed_by_a_formula_on_the_command_line(saved, tmp_path, capsys):
+    output = tmp_path / "smaller"
+    formula = ["--metric", "mul(gate_norm, down_norm)", "--structured", "--sparsity", "0.5"]
+    assert main(["sparsify", saved, "--output", str(output), *formula]) == 0
+    assert "Removed 80 of 160 FFN rows" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(output).config.intermediate_size == 40
+
+
+def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
+    arguments = ["evolve", str(model_path()), "--rows", "--output", str(tmp_path / "search")]
+    arguments += ["--population", "3", "--iterations"]
+    assert main([*arguments, "1"]) == 0
+    first = capsys.readouterr().out
+    assert "best: " in first
+    assert "at random: " in first
+    assert main([*arguments, "2"]) == 0
+    found = yopo.symbolic.Evolution.load(tmp_path / "search")
+    assert len(found.history) == 5
+    assert found.expression.formula() in capsys.readouterr().out

@@ -33,7 +33,7 @@ def terminals_by_hand(gate, up, down, gain):
     gate, up, down, gain = (tensor.detach().double().numpy() for tensor in (gate, up, down, gain))
     gate, up = gate * gain, up * gain
     spanning = np.linalg.svd(gate, full_matrices=False)[0]
-    return {
+    found = {
         "gate": abs(gate),
         "up": abs(up),
         "down": abs(down),
@@ -42,6 +42,7 @@ def terminals_by_hand(gate, up, down, gain):
         "down_norm": np.sqrt((down**2).sum(axis=1, keepdims=True)),
         "leverage": (spanning**2).sum(axis=1, keepdims=True),
     }
+    return {name: value / np.sqrt((value**2).mean()) for name, value in found.items()}
 
 
 def assert_close(found, expected):
@@ -110,9 +111,9 @@ def test_leverage_of_a_matrix_that_is_not_of_full_rank_is_that_of_its_row_space(
         model.model.layers[0].post_attention_layernorm.weight.fill_(1.0)
     spanning = torch.linalg.svd(gate.detach().double(), full_matrices=False)[0][:, :16]
     found = row_terminals(yopo.find_ffns(model)[0], ["leverage"])["leverage"]
-    torch.testing.assert_close(
-        found[:, 0].double(), spanning.square().sum(dim=1), rtol=1e-3, atol=1e-4
-    )
+    expected = spanning.square().sum(dim=1)
+    expected /= expected.square().mean().sqrt()
+    torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_only_what_is_asked_for_is_computed(tiny_llama):
@@ -125,8 +126,8 @@ def test_a_half_precision_model_has_terminals_in_single_precision(tiny_llama):
     model = tiny_llama(dtype=torch.float16)
     found = row_terminals(yopo.find_ffns(model)[0], ROW_TERMINALS)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    weight = model.model.layers[0].mlp.down_proj.weight
-    assert torch.equal(found["down"], weight.detach().float().abs().T)
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().float().abs().T
+    torch.testing.assert_close(found["down"], weight / weight.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
@@ -224,10 +225,19 @@ def test_scores_that_are_all_the_same_are_refused(tiny_model, kind, text):
 
 def test_scores_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[0].mlp.gate_proj.weight.mul_(1e30)
+    model.model.layers[0].mlp.gate_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(InvalidArgumentError, match=r"its scores are not finite"):
         row_scores(yopo.find_ffns(model)[0], parsed("gate_norm"))
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-3, 1e3, 1e25])
+def test_a_formula_means_the_same_whatever_the_weights_are_measured_in(tiny_llama, factor):
+    model, other = tiny_llama(), tiny_llama()
+    for part in ("gate_proj", "down_proj"):
+        other.model.layers[0].mlp.get_submodule(part).weight.data *= factor
+    formula = parsed("add(exp(gate), sub(mul(gate_norm, leverage), tanh(down)))")
+    scores = [row_scores(yopo.find_ffns(m)[0], formula) for m in (model, other)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expression_over_single_weights_is_sent_to_where_it_belongs(tiny_llama):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from yopo.cli import commands
+from yopo.cli import commands, metric_commands
 from yopo.evaluation.texts import NAMED
 from yopo.plan import MultipleOf
 
@@ -51,8 +51,8 @@ def parser_of_commands() -> argparse.ArgumentParser:
         metavar="DENSE",
         help="the model that was cut: compares spectra, and writes plots into FOLDER/report",
     )
-    evaluation, recovery = _add_eval(found), _add_recover(found)
-    for command in (info, bench, fit, prune, evaluation, recovery):
+    others = (_add_eval(found), _add_recover(found), _add_sparsify(found), _add_evolve(found))
+    for command in (info, bench, fit, prune, *others):
         command.add_argument("model", help="a model on the hub or on disk")
     for command in (fit, prune):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -118,6 +118,53 @@ def _add_recover(found: Any) -> argparse.ArgumentParser:
     recovery.add_argument("--seed", type=int, default=0)
     recovery.add_argument("--dtype", default="auto", help="dtype to load the weights in")
     return recovery
+
+
+def _add_sparsify(found: Any) -> argparse.ArgumentParser:
+    sparsify: argparse.ArgumentParser = found.add_parser(
+        "sparsify", help="make weights zero by Pruner-Zero, Wanda, SparseGPT or a formula"
+    )
+    sparsify.set_defaults(run=metric_commands.sparsify_command)
+    sparsify.add_argument("--output", type=Path, required=True, help="folder to write")
+    sparsify.add_argument(
+        "--metric",
+        default="pruner-zero",
+        help="pruner-zero, wanda, gblm, magnitude, sparsegpt, or a formula such as 'mul(W, G)'",
+    )
+    sparsify.add_argument(
+        "--structured", action="store_true", help="remove FFN rows, of which --sparsity is a share"
+    )
+    _add_pattern(sparsify)
+    return sparsify
+
+
+def _add_evolve(found: Any) -> argparse.ArgumentParser:
+    evolution: argparse.ArgumentParser = found.add_parser(
+        "evolve", help="search for a formula that prunes better"
+    )
+    evolution.set_defaults(run=metric_commands.evolve_command)
+    evolution.add_argument(
+        "--output", type=Path, required=True, help="folder of the search, which goes on from there"
+    )
+    evolution.add_argument(
+        "--rows", action="store_true", help="of FFN rows, judged by the model's own predictions"
+    )
+    evolution.add_argument("--ratio", type=float, default=0.3, help="with --rows; default 0.3")
+    evolution.add_argument("--population", type=int, default=50)
+    evolution.add_argument("--iterations", type=int, default=300)
+    evolution.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    _add_pattern(evolution)
+    return evolution
+
+
+def _add_pattern(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sparsity", type=float, help="share of zeros; default 0.5")
+    command.add_argument("--pattern", default="unstructured", help="unstructured, 2:4, 4:8 …")
+    command.add_argument(
+        "--text", help=f"for gradients and inputs: {', '.join(NAMED)}, or a file; default: own text"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
 
 
 def _multiple(text: str) -> MultipleOf:

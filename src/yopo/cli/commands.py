@@ -1,7 +1,6 @@
 """What each command does."""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from yopo.adapters import find_ffns
+from yopo.cli.files import check_json, check_output, copy_tokenizer, write_json
 from yopo.errors import InvalidArgumentError
 from yopo.evaluation import TaskReport, evaluate, perplexity
 from yopo.evaluation.tasks import open_with_tokenizer
@@ -83,14 +83,14 @@ def prune_command(options: argparse.Namespace) -> None:
             **size,
         )
     else:
-        _check_output(options.output)
+        check_output(options.output)
         model = load(options.model, dtype=options.dtype)
         if not pruner.is_fitted:
             pruner.fit(model)
         pruner.prune(model, options.ratio, layers=options.layers, **size)
         if rank_and_count()[0] == 0:
             model.save_pretrained(options.output)
-            _copy_tokenizer(options.model, options.output)
+            copy_tokenizer(options.model, options.output)
             replace(pruner.report, call=options.command).write_card(options.output)
     if rank_and_count()[0] == 0:
         before, after = pruner.report.before, pruner.report.after
@@ -120,7 +120,7 @@ def eval_command(options: argparse.Namespace) -> None:
     Raises:
         InvalidArgumentError: If a folder is missing, or a card is to hold what is not asked for.
     """
-    _check_json(options.json)
+    check_json(options.json)
     if options.write_card and (options.against is None or not options.text):
         raise InvalidArgumentError("`--write-card` needs `--against` and `--text`.")
     card = PruningReport.load(options.model) if options.write_card else None
@@ -153,7 +153,7 @@ def eval_command(options: argparse.Namespace) -> None:
         scores = replace(scores, names=(names[-1], names[0]))
         print(scores)
     if options.json is not None:
-        _write_json(options.json, {"perplexity": figures, **(scores.to_dict() if scores else {})})
+        write_json(options.json, {"perplexity": figures, **(scores.to_dict() if scores else {})})
     if card is not None:
         for name, (dense, pruned) in figures.items():
             card = card.with_perplexity(name, dense=dense, pruned=pruned)
@@ -167,7 +167,7 @@ def recover_command(options: argparse.Namespace) -> None:
     Raises:
         InvalidArgumentError: If the folder to write is not empty.
     """
-    _check_output(options.output)
+    check_output(options.output)
     model, tokenizer = open_with_tokenizer(options.model, dtype=options.dtype)
     teacher = None
     if options.teacher is not None:
@@ -191,7 +191,7 @@ def recover_command(options: argparse.Namespace) -> None:
 
 def bench_command(options: argparse.Namespace) -> None:
     """Time a model."""
-    _check_json(options.json)
+    check_json(options.json)
     report = benchmark(
         options.model,
         options.against,
@@ -204,21 +204,7 @@ def bench_command(options: argparse.Namespace) -> None:
     )
     print(report)
     if options.json is not None:
-        _write_json(options.json, report.to_dict())
-
-
-def _check_output(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise InvalidArgumentError(f"`--output {folder}` exists and is not empty.")
-
-
-def _check_json(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise InvalidArgumentError(f"`--json {file}` is in a folder that does not exist.")
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report.to_dict())
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -268,13 +254,3 @@ def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
         allocation=options.allocation or "uniform",
         **common,
     )
-
-
-def _copy_tokenizer(source: str, target: Path) -> None:
-    """Write the tokenizer of `source`, if it has one, beside the pruned model."""
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    except (OSError, ValueError, KeyError):
-        print(f"{source} has no tokenizer to copy.")

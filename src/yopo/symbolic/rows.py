@@ -19,7 +19,7 @@ from torch import Tensor
 from yopo.adapters import Ffn, norm_gain_and_bias
 from yopo.criteria import Criterion
 from yopo.errors import InvalidArgumentError
-from yopo.features import leverage_scores
+from yopo.features import leverage_scores, scaled
 from yopo.symbolic.expression import ROW_TERMINALS, WEIGHT_TERMINALS, Expression
 
 Aggregate = Literal["sum", "mean", "max", "norm"]
@@ -44,7 +44,9 @@ def row_terminals(ffn: Ffn, names: Collection[str]) -> dict[str, Tensor]:
     `gate`, `up` and `down` are the absolute entries `(F, D)` of the first expand matrix (fc1 where
     there is only one), the second, and the contract matrix; `gate_norm`, `up_norm` and `down_norm`
     the Euclidean norms `(F, 1)` of their rows; `leverage` the leverage scores `(F, 1)` of the
-    first. Expand matrices have the gain of the preceding norm folded in.
+    first. Expand matrices have the gain of the preceding norm folded in. Each is divided by its
+    root mean square over the FFN, so that a formula that adds them, or takes the exponential of
+    one, means the same in every layer and model.
 
     An FFN with one expand matrix is one whose second factor is 1 for every input, so `up` and
     `up_norm` are ones there: neutral in products, and of no say in sums. So a formula that was
@@ -64,7 +66,7 @@ def row_terminals(ffn: Ffn, names: Collection[str]) -> dict[str, Tensor]:
     columns = ffn.expand_weights()[0].shape[1]
     gain_D = norm_gain_and_bias(ffn, columns)[0].to(ffn.device)
     with torch.no_grad():
-        return {name: _terminal(ffn, gain_D, name) for name in sorted(names)}
+        return {name: _to_unit(_terminal(ffn, gain_D, name)) for name in sorted(names)}
 
 
 def _terminal(ffn: Ffn, gain_D: Tensor, name: str) -> Tensor:
@@ -75,12 +77,17 @@ def _terminal(ffn: Ffn, gain_D: Tensor, name: str) -> Tensor:
     if is_neutral or (name == "leverage" and ffn.rows <= len(gain_D)):
         return gain_D.new_ones(1, 1).expand(ffn.rows, columns)
     if name.startswith("down"):
-        matrix_FD = ffn.contract_weight().float()
+        matrix_FD = scaled(ffn.contract_weight())
     else:
-        matrix_FD = expand[1 if name.startswith("up") else 0].float() * gain_D
+        matrix_FD = scaled(scaled(expand[1 if name.startswith("up") else 0]) * scaled(gain_D))
     if name == "leverage":
         return leverage_scores(matrix_FD)[:, None]
     return matrix_FD.norm(dim=1, keepdim=True) if name in SMALL_TERMINALS else matrix_FD.abs()
+
+
+def _to_unit(values: Tensor) -> Tensor:
+    """Return values with a root mean square of 1, or zeros."""
+    return values / values.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def row_scores(ffn: Ffn, expression: Expression, *, aggregate: Aggregate = "sum") -> Tensor:

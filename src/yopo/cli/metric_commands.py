@@ -1,0 +1,91 @@
+"""What the commands about symbolic metrics do."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from yopo.adapters import find_ffns
+from yopo.cli.files import check_output, copy_tokenizer
+from yopo.evaluation.tasks import open_with_tokenizer
+from yopo.evaluation.texts import NAMED
+from yopo.loading import load
+from yopo.ranks import rank_and_count
+from yopo.report import sizes_of
+from yopo.symbolic import (
+    Candidate,
+    DivergenceFitness,
+    EvolutionSettings,
+    Fitness,
+    MetricPruner,
+    PerplexityFitness,
+    collect_statistics,
+    evolve,
+    sparsity_of,
+)
+from yopo.symbolic.expression import ROW_TERMINALS, WEIGHT_TERMINALS
+
+
+def sparsify_command(options: argparse.Namespace) -> None:
+    """Make weights of a model zero by a metric, or remove FFN rows, and save it.
+
+    Raises:
+        InvalidArgumentError: If the folder to write is not empty.
+    """
+    check_output(options.output)
+    model, text = _open(options)
+    before = sizes_of(model, find_ffns(model))
+    pruner = MetricPruner(options.metric, seed=options.seed, **text)
+    pruner.prune(model, options.sparsity, pattern=options.pattern, structured=options.structured)
+    model.save_pretrained(options.output)
+    copy_tokenizer(options.model, options.output)
+    if options.structured:
+        after = sizes_of(model, find_ffns(model))
+        told = f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows."
+    else:
+        shares = sparsity_of(model).values()
+        told = f"{min(shares):.2%} to {max(shares):.2%} zeros in {len(shares)} matrices."
+    print(f"{told} Written to {options.output}.")
+
+
+def evolve_command(options: argparse.Namespace) -> None:
+    """Search for a metric of weights or of FFN rows, from where an earlier run has ended."""
+    model, text = _open(options)
+    fitness: Fitness
+    if options.rows:
+        fitness = DivergenceFitness(model, options.ratio, seed=options.seed)
+    else:
+        statistics = collect_statistics(model, seed=options.seed, **text)
+        fitness = PerplexityFitness(
+            model,
+            statistics,
+            sparsity=options.sparsity,
+            pattern=options.pattern,
+            seed=options.seed + 1,
+            **text,
+        )
+    found = evolve(
+        fitness,
+        settings=EvolutionSettings(population=options.population, iterations=options.iterations),
+        terminals=ROW_TERMINALS if options.rows else WEIGHT_TERMINALS,
+        seed=options.seed,
+        folder=options.output,
+        workers=options.workers,
+    )
+    if rank_and_count()[0] == 0:
+        print(found.family_tree())
+        print(f"\nbest:      {_told(found.best)}")
+        print(f"at random: {_told(min(found.random, key=lambda each: each.fitness))}")
+        print(f"\n{found.expression.formula()}\nWritten to {options.output}.")
+
+
+def _open(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and what statistics are collected on."""
+    if options.text is None:
+        return load(options.model, dtype=options.dtype), {}
+    model, tokenizer = open_with_tokenizer(options.model, dtype=options.dtype)
+    data = options.text if options.text in NAMED else Path(options.text)
+    return model, {"data": data, "tokenizer": tokenizer}
+
+
+def _told(candidate: Candidate) -> str:
+    return f"{candidate.fitness:.4f}  {candidate.expression}"
