@@ -71,7 +71,6 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
         (["sparsify", "{model}", "--output", "{model}"], "exists and is not empty"),
-        (["sparsify", "{model}", "--output", "{new}", "--metric", "mul(W"], "is missing, at"),
         (["sparsify", "{model}", "--output", "{new}", "--pattern", "2:5"], "do not divide"),
         (["report", "{model}"], "{model}` holds no report: `pruning_report.json` is missing"),
         (["report", "{new}"], "{new}` holds no report"),
@@ -311,3 +310,11 @@ def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     found = yopo.symbolic.Evolution.load(tmp_path / "search")
     assert len(found.history) == 5
     assert found.expression.formula() in capsys.readouterr().out
+
+
+def test_a_formula_that_is_none_is_shown_with_the_place(saved, tmp_path, capsys):
+    output = tmp_path / "sparse"
+    assert main(["sparsify", saved, "--output", str(output), "--metric", "mul(W; G)"]) == 2
+    *_, line, pointer = capsys.readouterr().err.splitlines()
+    assert line[len(pointer) - 1] == ";"
+    assert not output.exists()
