@@ -12,6 +12,8 @@ from yopo.loading import load
 from yopo.ranks import rank_and_count
 from yopo.report import sizes_of
 from yopo.symbolic import (
+    ROW_TERMINALS,
+    WEIGHT_TERMINALS,
     Candidate,
     DivergenceFitness,
     EvolutionSettings,
@@ -22,7 +24,6 @@ from yopo.symbolic import (
     evolve,
     sparsity_of,
 )
-from yopo.symbolic.expression import ROW_TERMINALS, WEIGHT_TERMINALS
 
 
 def sparsify_command(options: argparse.Namespace) -> None:

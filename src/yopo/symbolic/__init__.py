@@ -2,7 +2,7 @@
 
 from yopo.symbolic.evaluating import Fitness
 from yopo.symbolic.evolution import evolve
-from yopo.symbolic.expression import TERMINALS, Expression
+from yopo.symbolic.expression import ROW_TERMINALS, TERMINALS, WEIGHT_TERMINALS, Expression
 from yopo.symbolic.fitness import PerplexityFitness
 from yopo.symbolic.growing import crossover, mutate, random_expression
 from yopo.symbolic.history import Candidate, Evolution
@@ -18,7 +18,9 @@ from yopo.symbolic.statistics import Statistics, collect_statistics
 __all__ = [
     "METRICS",
     "PRIMITIVES",
+    "ROW_TERMINALS",
     "TERMINALS",
+    "WEIGHT_TERMINALS",
     "Candidate",
     "DivergenceFitness",
     "Evolution",
