@@ -1,9 +1,13 @@
-"""How much memory is left for second moments, and what to say where it is too little.
+"""How much memory there is for a piece of work, and what to say where it is too little.
 
 A matrix of second moments has F² float64 numbers.
 """
 
+import ctypes
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,49 @@ _UNKNOWN = 8 * 2**30
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container says how much of the machine's memory it may use."""
+
+
+_ON_DISK, _CONSTANT = 3, 2**24
+"""Pruning from a disk may take so many times the largest FFN, and so many bytes."""
+
+_MAPPED_FROM, _TRIMMED_FROM = -3, -1
+"""What `malloc.h` calls M_MMAP_THRESHOLD and M_TRIM_THRESHOLD."""
+
+
+def room_on_disk(ffns: Sequence[Ffn], *, taken: int = 0) -> int | None:
+    """Return how many bytes work on FFNs may take, None where their weights are in memory.
+
+    Who prunes from a disk has little memory, and it shall not grow with the number of threads.
+
+    Args:
+        ffns: All FFNs of a model.
+        taken: What else is held meanwhile.
+    """
+    if not ffns[0].is_on_disk:
+        return None
+    return _ON_DISK * max(ffn.rows * ffn.bytes_per_row for ffn in ffns) + _CONSTANT - taken
+
+
+@contextmanager
+def given_back_at_once() -> Iterator[None]:
+    """Give memory that is let go of back to the system at once, where that can be arranged.
+
+    glibc keeps blocks of up to 32 MiB for later, in a heap for each thread. Among small ones that
+    stay they add up to more than all that is in use. Afterwards it keeps as much as it does by
+    itself once it has seen blocks of that size. What the user has set stays.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    is_set = any(os.environ.get(name) for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
+    if mallopt is None or is_set:
+        yield
+        return
+    try:
+        mallopt(_MAPPED_FROM, 2**20)
+        mallopt(_TRIMMED_FROM, 2**20)
+        yield
+    finally:
+        mallopt(_MAPPED_FROM, 2**25)
+        mallopt(_TRIMMED_FROM, 2**26)
 
 
 def moments_bytes(ffn: Ffn) -> int:

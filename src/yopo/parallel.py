@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -81,6 +82,8 @@ def map_in_batches(
     function: Callable[[Sequence[Piece]], list[Result]],
     pieces: Sequence[Piece],
     place: Callable[[Piece], Place],
+    *,
+    at_most: int | None = None,
 ) -> list[Result]:
     """Return what `function` gives for the pieces, in their order.
 
@@ -91,6 +94,8 @@ def map_in_batches(
         function: From a batch of pieces to a result for each.
         pieces: What there is to do.
         place: Tells where a piece is done.
+        at_most: How many batches may run at once on the CPU, where that is not for the memory left
+            to tell.
     """
     groups: dict[Place, list[int]] = defaultdict(list)
     for number, piece in enumerate(pieces):
@@ -102,10 +107,31 @@ def map_in_batches(
     results: dict[int, Result] = {}
     for where, numbers in groups.items():
         fit = max(1, memory_left(where.device) // (2 * max(where.bytes, 1)))
+        workers = fit if at_most is None else min(fit, at_most)
         on_cpu = where.device.type == "cpu"
         step = 1 if on_cpu else fit
         batches = [numbers[start : start + step] for start in range(0, len(numbers), step)]
-        found = map_on_threads(run, batches, at_most=fit) if on_cpu else map(run, batches)
+        found = map_on_threads(run, batches, at_most=workers) if on_cpu else map(run, batches)
         for batch, values in zip(batches, found, strict=True):
             results |= dict(zip(batch, values, strict=True))
     return [results[number] for number in range(len(pieces))]
+
+
+Turn = AbstractContextManager[object]
+"""What a thread enters for that part of its work that takes most memory."""
+
+
+def in_pairs(room: int | None, pairs: Iterable[int]) -> tuple[int | None, Turn]:
+    """Return how many threads may work at once in so many bytes, and what they enter in turn.
+
+    For work of two parts that take about as long, the second one more memory: while one thread of a
+    pair does the second, the other one does the first.
+
+    Args:
+        room: How many bytes there are; None where they are not counted.
+        pairs: How many a pair takes, for each kind of work. One thread works in any case.
+    """
+    if room is None:
+        return None, nullcontext()
+    count = room // max(pairs, default=1)
+    return max(1, 2 * count), threading.Semaphore(max(1, count))

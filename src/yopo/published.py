@@ -14,6 +14,7 @@ them shared out by the scorer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from yopo.adapters import Ffn
+from yopo.memory import given_back_at_once, room_on_disk
 from yopo.parallel import map_on_threads, on_one_thread
 from yopo.policy import Policy, Recipe
 from yopo.ranks import gather, own
 from yopo.reinforce import Episode
 from yopo.reward import discounted, spectral_reward
 from yopo.sampling import rows_drawn_by, uniform_noise
-from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
+from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds, scorer_bytes
 from yopo.spectrum import spectra_of, spectral_distances
 
 
@@ -42,11 +44,20 @@ def learn_as_published(
         recipe: Hyperparameters.
         widths: How many rows each FFN keeps, by name.
     """
+    with given_back_at_once() if ffns[0].is_on_disk else nullcontext():
+        yield from _episodes(ffns, recipe, widths)
+
+
+def _episodes(
+    ffns: Sequence[Ffn], recipe: Recipe, widths: Mapping[str, int]
+) -> Iterator[tuple[Episode, Policy]]:
     generator = torch.Generator().manual_seed(recipe.seed)
-    spectra = spectra_of([ffn.gate for ffn in own(ffns)], keep_grams=not ffns[0].is_on_disk)
+    columns, hidden = ffns[0].expand_weights()[0].shape[1], ffns[0].rows
+    room = room_on_disk(ffns, taken=scorer_bytes(columns, hidden))
+    spectra = spectra_of([ffn.gate for ffn in own(ffns)], room=room)
     scorer = PruneNetScorer(
-        ffns[0].expand_weights()[0].shape[1],
-        ffns[0].rows,
+        columns,
+        hidden,
         generator=generator,
         learning_rate=recipe.learning_rate,
         device=ffns[0].device,

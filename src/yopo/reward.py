@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from yopo.adapters import Ffn
+from yopo.memory import room_on_disk
 from yopo.moments import Moments
 from yopo.ranks import gather, own
 from yopo.spectrum import spectra_of, spectral_distances
@@ -25,7 +26,7 @@ def spectral_rewards(ffns: Sequence[Ffn]) -> Reward:
 
     Where several ranks work together, each looks at its own FFNs.
     """
-    spectra = spectra_of([ffn.gate for ffn in own(ffns)], keep_grams=not ffns[0].is_on_disk)
+    spectra = spectra_of([ffn.gate for ffn in own(ffns)], room=room_on_disk(ffns))
 
     def reward(kept: Mapping[str, Tensor]) -> Tensor:
         found_LM = spectral_distances(spectra, own(list(kept.values())))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
 from yopo.parallel import map_on_threads
-from yopo.ranks import gather_vectors, own
+from yopo.ranks import gather_vectors, own, rank_and_count
 from yopo.sampling import uniform_noise
 
 _UNITS, _UNITS_OF_ACCELERATOR = 512, 4096
@@ -157,6 +157,11 @@ class PruneNetScorer:
         """Return the sum of what all blocks give, in one order however many ranks there are."""
         found = gather_vectors(parts, pieces=self._blocks, size=self._size)
         return reduce(torch.add, found).to(self._device)
+
+
+def scorer_bytes(columns: int, hidden: int) -> int:
+    """Return how many bytes a rank's hidden units take, AdamW's two moments included."""
+    return 3 * 4 * (columns + 1) * -(-hidden // rank_and_count()[1])
 
 
 def noisy_log_odds(

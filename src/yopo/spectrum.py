@@ -25,7 +25,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from yopo.parallel import Place, map_in_batches, map_on_threads
+from yopo.parallel import Place, Turn, in_pairs, map_in_batches, map_on_threads
 
 Weight = Callable[[], AbstractContextManager[Tensor]]
 """Gives a matrix `(F, D)` of any floating dtype for as long as there is work on it."""
@@ -65,6 +65,7 @@ class Spectrum:
         columns: D.
         gram: Lower triangle of `weightᵀ · weight` `(D, D)` where F > D, else of
             `weight · weightᵀ` `(F, F)`; None where memory is dearer than time.
+        room: How many bytes the work on all matrices may take; None where it is not counted.
         eigenvalues_S: Squares of the singular values, ascending, in the precision of the work:
             float32, or float64 where the matrix comes in it.
     """
@@ -73,6 +74,7 @@ class Spectrum:
     rows: int
     columns: int
     gram: Tensor | None
+    room: int | None
     eigenvalues_S: Tensor
     _exact_S: Tensor | None = field(default=None, init=False)
 
@@ -110,25 +112,27 @@ class Spectrum:
             [torch.maximum(above_down, below_up), torch.maximum(above_up, below_down)]
         )
 
-    def exact_distance(self, kept_K: Tensor) -> float:
-        """Return the distance of ascending kept rows, worked out in float64."""
+    def exact_distance(self, kept_K: Tensor, turn: Turn) -> float:
+        """Return the distance of ascending kept rows, worked out in float64 in turn."""
         with self.weight() as weight_FD:
-            part_1N = torch.linalg.eigvalsh(_grams_of(weight_FD, kept_K[None], torch.float64))
+            part_1N = _eigenvalues([_grams_of(weight_FD, kept_K[None], torch.float64)], turn)
             if self._exact_S is None:
-                self._exact_S = torch.linalg.eigvalsh(_grams_of(weight_FD, None, torch.float64))[0]
+                grams = [_grams_of(weight_FD, None, torch.float64)]
+                self._exact_S = _eigenvalues(grams, turn)[0]
         largest = self._exact_S[-1]
         return float(
             ks_distance(_without_noise(self._exact_S, largest), _without_noise(part_1N, largest))
         )
 
 
-def spectra_of(weights: Sequence[Weight], *, keep_grams: bool = True) -> list[Spectrum]:
+def spectra_of(weights: Sequence[Weight], *, room: int | None = None) -> list[Spectrum]:
     """Return the spectrum of each matrix.
 
     Args:
         weights: The matrices.
-        keep_grams: Whether to hold N × N numbers for each matrix, which makes distances of many
-            kept rows cheaper.
+        room: How many bytes the work may take, now and when distances are measured: what one
+            matrix takes is taken anyway. By default as many as there are, and N × N numbers are
+            held for each matrix, which makes distances of many kept rows cheaper.
     """
 
     def dense(batch: Sequence[Weight]) -> list[Spectrum]:
@@ -137,12 +141,12 @@ def spectra_of(weights: Sequence[Weight], *, keep_grams: bool = True) -> list[Sp
             with weight() as weight_FD:
                 is_double = weight_FD.dtype == torch.float64
                 dtype = torch.float64 if is_double else torch.float32
-                grams.append(_grams_of(weight_FD, None, dtype)[0])
+                grams.append(_grams_of(weight_FD, None, dtype))
                 shapes.append(weight_FD.shape)
-        found = torch.linalg.eigvalsh(torch.stack(grams) if len(grams) > 1 else grams[0][None])
-        kept = grams if keep_grams else [None] * len(grams)
+        kept = [gram_1NN[0] if room is None else None for gram_1NN in grams]
+        found = _eigenvalues(grams, turn)
         return [
-            Spectrum(weight, shape[0], shape[1], gram, eigenvalues_S)
+            Spectrum(weight, shape[0], shape[1], gram, room, eigenvalues_S)
             for weight, shape, gram, eigenvalues_S in zip(batch, shapes, kept, found, strict=True)
         ]
 
@@ -151,7 +155,13 @@ def spectra_of(weights: Sequence[Weight], *, keep_grams: bool = True) -> list[Sp
             rows, columns = weight_FD.shape
             return _place(weight_FD.device, 1, rows, columns, weight_FD.dtype)
 
-    return map_in_batches(dense, weights, place)
+    def pair_bytes(weight: Weight) -> int:
+        with weight() as weight_FD:
+            rows, columns = weight_FD.shape
+            return _pair_bytes(rows, columns, weight_FD.dtype)
+
+    at_most, turn = in_pairs(room, map(pair_bytes, weights))
+    return map_in_batches(dense, weights, place, at_most=at_most)
 
 
 def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> Tensor:
@@ -163,8 +173,7 @@ def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> T
     """
 
     def compare(batch: Sequence[_Draws]) -> list[list[float | None]]:
-        grams = [spectrum.grams_of_rows(kept_MK) for spectrum, kept_MK in batch]
-        found = torch.linalg.eigvalsh(torch.cat(grams) if len(grams) > 1 else grams[0])
+        found = _eigenvalues([spectrum.grams_of_rows(kept_MK) for spectrum, kept_MK in batch], turn)
         parts = torch.split(found, [len(kept_MK) for _, kept_MK in batch])
         possible = [
             spectrum.possible_distances(eigenvalues_MN)
@@ -179,10 +188,14 @@ def spectral_distances(spectra: Sequence[Spectrum], kept: Sequence[Tensor]) -> T
     cut = [n for n, spectrum in enumerate(spectra) if kept[n].shape[1] < spectrum.rows]
     pieces = [(spectra[n], part_MK) for n in cut for part_MK in _in_parts(spectra[n], kept[n])]
     draws = [(spectrum, kept_K) for spectrum, kept_MK in pieces for kept_K in kept_MK]
-    found = list(chain(*map_in_batches(compare, pieces, _place_of)))
+    at_most, turn = _pairs_for(spectra, spectra[0].eigenvalues_S.dtype)
+    found = list(chain(*map_in_batches(compare, pieces, _place_of, at_most=at_most)))
     undecided = [number for number, ks in enumerate(found) if ks is None]
+    at_most, exact_turn = _pairs_for(spectra, torch.float64)
     exact = map_on_threads(
-        lambda number: draws[number][0].exact_distance(draws[number][1]), undecided
+        lambda number: draws[number][0].exact_distance(draws[number][1], exact_turn),
+        undecided,
+        at_most=at_most,
     )
     for number, ks in zip(undecided, exact, strict=True):
         found[number] = ks
@@ -213,6 +226,21 @@ def _place(
     size = min(rows, columns)
     numbers = matrices * (_WORK * size**2 + min(rows, _CHUNK) * columns)
     return Place(device, numbers * max(dtype.itemsize, 4), (size, dtype))
+
+
+def _pairs_for(spectra: Sequence[Spectrum], dtype: torch.dtype) -> tuple[int | None, Turn]:
+    return in_pairs(spectra[0].room, (_pair_bytes(s.rows, s.columns, dtype) for s in spectra))
+
+
+def _pair_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Return how many bytes two threads take that measure, one of which finds eigenvalues.
+
+    That one holds a Gram matrix and the copy that LAPACK destroys; the other one, which takes about
+    as long for its products, a Gram matrix and rows, as they are and widened.
+    """
+    block = rows if rows <= columns else min(rows, _CHUNK)
+    numbers = 3 * min(rows, columns) ** 2 + 2 * block * columns
+    return max(dtype.itemsize, 4) * numbers
 
 
 def compared_spectra(weight_FD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -256,6 +284,14 @@ def _leads(first_S: Tensor, second_MS: Tensor) -> tuple[Tensor, Tensor]:
     below_second = torch.searchsorted(second_MS.contiguous(), points, right=True).double()
     difference = below_first / first_MS.shape[1] - below_second / second_MS.shape[1]
     return difference.amax(dim=1), -difference.amin(dim=1)
+
+
+def _eigenvalues(grams: list[Tensor], turn: Turn) -> Tensor:
+    """Return the eigenvalues `(M, N)` of stacks of Gram matrices, and let go of these."""
+    with turn:
+        found_MN: Tensor = torch.linalg.eigvalsh(torch.cat(grams) if len(grams) > 1 else grams[0])
+        grams.clear()
+    return found_MN
 
 
 def _grams_of(weight_FD: Tensor, rows_MK: Tensor | None, dtype: torch.dtype) -> Tensor:

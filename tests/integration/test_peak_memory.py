@@ -19,7 +19,7 @@ from cost import cost_of
 from yopo.checkpoint import open_checkpoint
 
 torch.set_num_threads(1)
-ROOT, ROWS, WIDTH = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+ROOT, (ROWS, WIDTH, THREADS, *LAYERS) = Path(sys.argv[1]), map(int, sys.argv[2:])
 
 def big(layers):
     torch.manual_seed(0)
@@ -39,12 +39,13 @@ def cut(layers, plan):
     yopo.prune_checkpoint(ROOT / str(layers), ROOT / f"cut-{layers}", plan=plan)
 
 def learn(layers):
+    torch.set_num_threads(THREADS)
     pruner = yopo.PolicyPruner.prunenet(ratio=0.5, episodes=2).fit(ROOT / str(layers))
     yopo.prune_checkpoint(ROOT / str(layers), ROOT / f"learned-{layers}", pruner=pruner)
 
 open_checkpoint(save(build("llama"), ROOT / "small"))  # what is imported when it is needed
 found = {}
-for layers in (4, 16):
+for layers in LAYERS:
     big(layers)
     plan = plan_of(layers)
     found[f"cut {layers}"] = cost_of(lambda: cut(layers, plan))["mebibytes"]
@@ -60,17 +61,13 @@ CONSTANT = 16
 """MiB that a run takes however large the model: buffers, the policy, what lies idle in heaps."""
 
 
-@pytest.fixture(scope="module")
-def peaks(tmp_path_factory):
+def measured(folder, *numbers, **settings):
     if not Path("/proc/self/status").exists():
         pytest.skip("the system does not tell")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    # What is freed goes back at once, as that of matrices beyond 32 MiB always does.
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    folder = tmp_path_factory.mktemp("memory")
     done = subprocess.run(
-        [sys.executable, "-c", WORK, str(folder), str(ROWS), str(WIDTH)],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", WORK, str(folder), *map(str, numbers)],
+        env=environment | {"HF_HUB_OFFLINE": "1"} | settings,
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,6 +75,13 @@ def peaks(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    # What is freed goes back at once, as that of matrices beyond 32 MiB always does.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return measured(tmp_path_factory.mktemp("memory"), ROWS, WIDTH, 1, 4, 16, **settings)
 
 
 @pytest.mark.parametrize("job", ["cut", "learned"])
@@ -95,3 +99,10 @@ def test_cutting_by_a_plan_takes_less_than_twice_an_ffn(peaks, layers):
 def test_four_times_as_many_layers_take_no_more_memory(peaks, job):
     """But for what says that they are there: less than a twelfth of an FFN for each."""
     assert peaks[f"{job} 16"] - peaks[f"{job} 4"] < (16 - 4) * FFN / 12
+
+
+def test_several_threads_and_what_their_heaps_keep_fit_into_three_times_an_ffn(tmp_path):
+    """LLaMA-2-7B's shape at a quarter of its size, with the allocator as it is."""
+    rows, width = 2752, 1024
+    peaks = measured(tmp_path, rows, width, 4, 2)
+    assert 0 < peaks["learned 2"] < 3 * (3 * rows * width * 2 / 2**20) + CONSTANT

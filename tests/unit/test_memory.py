@@ -3,8 +3,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import save
 from yopo import UnsupportedModelError, find_ffns, memory
-from yopo.memory import is_out_of_memory, memory_left, moments_bytes, too_little_memory
+from yopo.checkpoint import open_checkpoint
+from yopo.memory import (
+    given_back_at_once,
+    is_out_of_memory,
+    memory_left,
+    moments_bytes,
+    room_on_disk,
+    too_little_memory,
+)
 
 
 def test_moments_are_a_square_of_float64(tiny_model):
@@ -66,3 +75,44 @@ def test_the_error_names_the_ffn_its_need_and_the_ways_out(tiny_model):
     assert isinstance(error, UnsupportedModelError)
     for part in ("model.layers.1.mlp", f"{ffn.rows} rows", "GiB", "`cpu`", "reward='spectral'"):
         assert part in str(error)
+
+
+def test_only_work_on_a_disk_has_little_room_three_times_the_largest_ffn(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    assert room_on_disk(find_ffns(model)) is None
+    checkpoint = open_checkpoint(save(model, tmp_path / "model"))
+    ffn = 4 * 3 * 80 * 32  # bytes of three matrices in float32
+    assert room_on_disk(checkpoint.ffns) == 3 * ffn + 2**24
+    assert room_on_disk(checkpoint.ffns, taken=1000) == 3 * ffn + 2**24 - 1000
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return what the allocator is told, instead of telling it."""
+    told = {}
+    library = SimpleNamespace(mallopt=told.__setitem__)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+def test_heaps_keep_little_inside_and_as_much_as_ever_afterwards(told):
+    with given_back_at_once():
+        assert told == {-3: 2**20, -1: 2**20}
+    assert told == {-3: 2**25, -1: 2**26}
+
+
+def test_an_allocator_that_the_user_has_set_is_left_alone(told, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    with given_back_at_once():
+        pass
+    assert told == {}
+
+
+def test_an_allocator_that_cannot_be_told_is_left_alone(told, monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace())
+    with given_back_at_once():
+        pass
+    assert told == {}

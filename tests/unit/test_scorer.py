@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds
+from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds, scorer_bytes
 
 
 def seeded(seed=0):
@@ -110,6 +110,18 @@ def test_rows_and_hidden_units_in_several_blocks_give_what_one_product_gives():
     expected = torch.cat([gradient @ weight, gradient.sum()[None]])
     found = scorer.gradient(weight, gradient)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_bytes_of_hidden_units_are_those_of_weights_and_both_moments():
+    scorer = new_scorer(6, 1100)
+    scorer.step(torch.ones(7))
+    held = [
+        tensor.nbytes
+        for units in scorer.units
+        for tensor in (units.weight_NE, *units._optimizer.state[units.weight_NE].values())
+        if tensor.dim() == 2
+    ]
+    assert scorer_bytes(6, 1100) == sum(held)
 
 
 def test_initial_values_are_distributed_as_the_references():

@@ -1,4 +1,7 @@
+import threading
+import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +9,15 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from yopo.spectrum import _SURE, Spectrum, ks_distance, spectra_of, spectral_distances
+from yopo.parallel import in_pairs
+from yopo.spectrum import (
+    _SURE,
+    Spectrum,
+    _pair_bytes,
+    ks_distance,
+    spectra_of,
+    spectral_distances,
+)
 
 
 def generator(seed):
@@ -75,14 +86,14 @@ def expected_distance(weight, rows):
     return ks_2samp(*cleaned).statistic
 
 
-@pytest.mark.parametrize("keep_grams", [True, False])
+@pytest.mark.parametrize("room", [None, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MATRICES)
-def test_the_distance_between_spectra_is_that_of_an_svd_in_float64(name, dtype, keep_grams):
+def test_the_distance_between_spectra_is_that_of_an_svd_in_float64(name, dtype, room):
     weight = MATRICES[name].to(dtype)
     if not torch.isfinite(weight).all():
         pytest.skip("the matrix does not fit into this dtype")
-    spectra = spectra_of([given(weight)], keep_grams=keep_grams)
+    spectra = spectra_of([given(weight)], room=room)
     for share in (0.0, 0.1, 0.4, 0.7, 0.95, 1.0):
         kept = kept_rows(len(weight), max(int(share * len(weight)), 1))
         found = spectral_distances(spectra, [kept])
@@ -122,7 +133,7 @@ def test_eigenvalues_of_float32_lie_within_the_bounds_that_decide(shape, kind):
 def test_float64_decides_where_float32_cannot_tell_and_only_there(monkeypatch):
     asked = []
 
-    def spied(spectrum, kept):
+    def spied(spectrum, kept, turn):
         asked.append(spectrum)
         return 0.0
 
@@ -149,10 +160,58 @@ def test_distances_do_not_depend_on_the_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+class Gauge:
+    """Count how many threads are inside at once."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    def count(self, step):
+        with self.lock:
+            self.now += step
+            self.most = max(self.most, self.now)
+
+    @contextmanager
+    def around(self, value=None):
+        self.count(1)
+        time.sleep(0.01)  # long enough that others come, if they may
+        yield value
+        self.count(-1)
+
+
+@pytest.mark.parametrize(("pairs", "working", "solving"), [(0, 1, 1), (1, 2, 1), (2, 4, 2)])
+def test_in_little_room_few_threads_work_half_of_which_find_eigenvalues(
+    pairs, working, solving, monkeypatch
+):
+    weights = [gaussian(300, 100, seed).float() for seed in range(8)]
+    kept = [kept_rows(300, 210, draws=1)] * 8
+    expected = spectral_distances(spectra_of(list(map(given, weights))), kept)
+    inside, eigenvalues = Gauge(), Gauge()
+
+    def counted(grams, found=torch.linalg.eigvalsh):
+        with eigenvalues.around():
+            return found(grams)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", counted)
+    pair = _pair_bytes(300, 100, torch.float32)
+    room = pairs * pair
+    assert in_pairs(room, [pair // 2, pair])[0] == working
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        spectra = spectra_of([partial(inside.around, weight) for weight in weights], room=room)
+        assert torch.equal(spectral_distances(spectra, kept), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert inside.most <= working
+    assert eigenvalues.most <= solving
+
+
 @pytest.mark.parametrize("shape", [(900, 300), (300, 900)])
 def test_grams_that_are_not_held_give_the_same_bits(shape):
     weight = gaussian(*shape).float()
-    held, made = (spectra_of([given(weight)], keep_grams=keep)[0] for keep in (True, False))
+    held, made = (spectra_of([given(weight)], room=room)[0] for room in (None, 0))
     for share in (0.2, 0.7):
         rows = kept_rows(len(weight), int(share * len(weight)))
         lower = [spectrum.grams_of_rows(rows).tril() for spectrum in (held, made)]
@@ -168,7 +227,7 @@ def test_a_matrix_is_neither_held_nor_copied_in_between():
         yield gaussian(30, 10).float()
         opened.append("out")
 
-    spectra = spectra_of([open_once], keep_grams=False)
+    spectra = spectra_of([open_once], room=0)
     spectral_distances(spectra, [kept_rows(30, 20, draws=2)])
     assert opened
     assert opened == ["in", "out"] * (len(opened) // 2)
