@@ -1,5 +1,6 @@
 """Small models from configs in memory, the same for every test that asks for the same."""
 
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import transformers
 from hypothesis import settings
 from safetensors.torch import load_file
 
+from forking import Forking
 from yopo.adapters import SOURCES
 
 torch.set_num_threads(1)
@@ -92,24 +94,54 @@ def assert_same(found, expected):
         assert torch.equal(*pair), name
 
 
-def run_python(*arguments, threads="1", **settings):
-    """Run Python in a process of its own, which finds what the tests find and downloads nothing."""
-    environment = os.environ | {
+def environment_of_tests(threads="1"):
+    """Return the environment in which Python finds what the tests find and downloads nothing."""
+    return os.environ | {
         "OMP_NUM_THREADS": threads,
         "PYTHONPATH": os.pathsep.join(sys.path),
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def run_python(*arguments, threads="1", environment=None, **settings):
+    """Run Python in a process of its own, which finds what the tests find and downloads nothing."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=environment,
+        env=environment_of_tests(threads) | (environment or {}),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
         **settings,
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import what tests need without looking for garbage: libraries are none, and large."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_is_no_garbage():
+    """Spare each look for garbage, many of which a trainer asks for, what is there for good."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def run_forked():
+    """Return what runs Python in a process of its own, in which all imports have been done."""
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
+    with Forking(environment_of_tests()) as forking:
+        yield forking.run
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,8 @@ from stand_in_hub import TOKEN, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yopo
+from conftest import environment_of_tests, run_python
+from forking import Forking
 from yopo.embedded import model_path
 from yopo.plan import kept_width
 
@@ -33,29 +33,27 @@ def small(tiny_llama, tmp_path):
     return folder
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """Return a stand-in for the hub, and the environment in which programs take it for the hub."""
+@pytest.fixture(scope="module")
+def hub_and_python(tmp_path_factory):
     with serve() as server:
-        yield (
-            server,
-            os.environ
-            | {
-                "HF_ENDPOINT": server.address,
-                "HF_HOME": str(tmp_path / "home"),
-                "HF_HUB_DISABLE_XET": "1",  # the stand-in takes large files by git-lfs alone
-                "HF_HUB_OFFLINE": "0",
-                "HF_TOKEN": TOKEN,
-            },
-        )
+        settings = {
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(tmp_path_factory.mktemp("home")),
+            "HF_HUB_DISABLE_XET": "1",  # the stand-in takes large files by git-lfs alone
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+        }
+        with Forking(environment_of_tests() | settings) as forking:
+            yield server, forking.run
 
 
-def run(*command, env=None):
-    """Run a program in a process of its own, as what it reads of its environment asks for."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def hub(hub_and_python):
+    """Return a stand-in for the hub, empty, and what runs Python that takes it for the hub."""
+    server, _ = hub_and_python
+    server.repos.clear()
+    server.large.clear()
+    return hub_and_python
 
 
 def cut(model, width_of, ratio=0.3):
@@ -70,11 +68,11 @@ def cut(model, width_of, ratio=0.3):
 
 
 def test_a_pruned_model_is_pushed_and_loaded_again(small, hub):
-    server, env = hub
-    code, told, errors = run(ROOT / "examples/push_to_hub.py", "someone/small", small, env=env)
-    assert code == 0, errors
-    assert "someone/small: 78 rows, equal logits: True" in told
-    assert "as many tokens: True" in told
+    server, run = hub
+    done = run(ROOT / "examples/push_to_hub.py", "someone/small", small)
+    assert done.returncode == 0, done.stderr
+    assert "someone/small: 78 rows, equal logits: True" in done.stdout
+    assert "as many tokens: True" in done.stdout
     files = server.repos["someone/small"]
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
     assert json.loads(files["config.json"])["intermediate_size"] == 78
@@ -83,32 +81,27 @@ def test_a_pruned_model_is_pushed_and_loaded_again(small, hub):
 
 
 def test_without_a_token_nothing_is_pushed(small, hub):
-    server, env = hub
-    code, _, errors = run(
-        ROOT / "examples/push_to_hub.py", "someone/small", small, env=env | {"HF_TOKEN": "wrong"}
-    )
-    assert code == 1
-    assert "401" in errors
+    server, run = hub
+    done = run(ROOT / "examples/push_to_hub.py", "someone/small", small, HF_TOKEN="wrong")
+    assert done.returncode == 1
+    assert "401" in done.stderr
     assert server.repos == {}
 
 
 def test_a_folder_that_was_pruned_on_disk_is_uploaded_as_it_is(small, hub, tmp_path):
-    server, env = hub
+    server, run = hub
     yopo.prune_checkpoint(small, tmp_path / "pruned", 0.3)
-    code, _, errors = run(
-        "-m", "huggingface_hub.cli.hf", "upload", "someone/disk", tmp_path / "pruned", env=env
-    )
-    assert code == 0, errors
+    done = run("-m", "huggingface_hub.cli.hf", "upload", "someone/disk", tmp_path / "pruned")
+    assert done.returncode == 0, done.stderr
     uploaded = server.repos["someone/disk"]
     for file in (tmp_path / "pruned").iterdir():
         assert uploaded[file.name] == file.read_bytes()
-    code, _, errors = run(
+    done = run(
         "-c",
         "import sys, yopo; yopo.prune_checkpoint('someone/disk', sys.argv[1], 0.3)",
         tmp_path / "again",
-        env=env,
     )
-    assert code == 0, errors
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
@@ -127,9 +120,9 @@ def test_a_model_that_runs_compiled_may_be_pruned_and_runs_on(tiny_llama, logits
 
 def test_a_machine_that_cannot_compile_is_told_so(small, tmp_path):
     broken = {"CXX": str(tmp_path / "missing"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    code, told, errors = run(ROOT / "examples/compile.py", small, env=os.environ | broken)
-    assert code == 0, errors
-    assert told.startswith("Skipped: torch.compile needs a C++ compiler that works.")
+    done = run_python(ROOT / "examples/compile.py", small, environment=broken)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Skipped: torch.compile needs a C++ compiler that works.")
 
 
 # Quantise
@@ -276,12 +269,12 @@ def test_nothing_is_said_where_no_mask_is_lost(tiny_llama, caplog, share, restor
 # Convert
 
 
-def test_the_width_survives_in_gguf(tmp_path):
+def test_the_width_survives_in_gguf(run_forked):
     pytest.importorskip("gguf")
     converter = Path(__file__).parent / "stand_in_llama_cpp"
-    code, told, errors = run(ROOT / "examples/convert_to_gguf.py", converter)
-    assert code == 0, errors
-    assert ": 256 rows,\nlogits differ by at most 0.0e+00" in told
+    done = run_forked(ROOT / "examples/convert_to_gguf.py", converter)
+    assert done.returncode == 0, done.stderr
+    assert ": 256 rows,\nlogits differ by at most 0.0e+00" in done.stdout
 
 
 NAMED = """
@@ -299,7 +292,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no llama.cpp")
 def test_the_converter_of_llama_cpp_takes_a_pruned_model(tmp_path):
     (tmp_path / "convert_hf_to_gguf.py").write_text(NAMED)
-    code, told, errors = run(ROOT / "examples/convert_to_gguf.py", tmp_path)
-    assert code == 0, errors
-    assert "feed forward length = 256" in errors
-    assert ": 256 rows,\nlogits differ by at most 0.0e+00" in told
+    done = run_python(ROOT / "examples/convert_to_gguf.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "feed forward length = 256" in done.stderr
+    assert ": 256 rows,\nlogits differ by at most 0.0e+00" in done.stdout

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import yopo
-from conftest import assert_same, build, files_in, run_python, save, tensors_in
+from conftest import assert_same, build, files_in, save, tensors_in
 from yopo import PolicyPruner
 
 WORK = """
@@ -113,11 +113,9 @@ POINTS = 14
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(tmp_path_factory, run_forked):
     """What was there after each kill, and after the run that followed."""
-    if not hasattr(os, "fork"):
-        pytest.skip("there is no fork")
-    done = run_python("-c", WORK, tmp_path_factory.mktemp("killed"), POINTS)
+    done = run_forked("-c", WORK, tmp_path_factory.mktemp("killed"), POINTS)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(**json.loads(done.stdout))
 

@@ -41,10 +41,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(tmp_path_factory, run_forked):
     folder = tmp_path_factory.mktemp("recovery-ranks")
     (folder / "work.py").write_text(WORK)
-    done = run_python(folder / "work.py", "alone", cwd=folder)
+    done = run_forked(folder / "work.py", "alone", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, load_file(folder / "alone-0.safetensors")
 

@@ -10,6 +10,8 @@ from yopo.imagining import imagine_moments, walk
 from yopo.moments import read_moments
 
 TOKENS = 20_000
+LENGTH = 50
+"""Tokens of a sequence that is read; without attention, none of them knows of the others."""
 
 
 def without_attention(model):
@@ -35,7 +37,7 @@ def test_half_of_the_inputs_are_the_stream_without_attention_and_half_are_noise(
     shares = 1 / (torch.arange(5000) + 100.0)
     generator = torch.Generator().manual_seed(5)
     ids = torch.multinomial(shares, TOKENS, replacement=True, generator=generator)
-    stream = read_moments(model, ffns, {"input_ids": ids[:, None]})
+    stream = read_moments(model, ffns, {"input_ids": ids.view(-1, LENGTH)})
     imagined = imagine_moments(model, ffns, tokens=TOKENS, seed=0)
     for ffn, layer in zip(ffns, model.model.layers, strict=True):
         noise = gaussian_moments(layer, layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
@@ -57,7 +59,7 @@ def test_biases_are_part_of_the_stream(tiny_model):
     shares = 1 / (torch.arange(model.config.vocab_size) + 100.0)
     generator = torch.Generator().manual_seed(5)
     ids = torch.multinomial(shares, TOKENS, replacement=True, generator=generator)
-    stream = read_moments(model, [ffn], {"input_ids": ids[:, None]})[ffn.name]
+    stream = read_moments(model, [ffn], {"input_ids": ids.view(-1, LENGTH)})[ffn.name]
     with torch.no_grad():
         noise = layer.final_layer_norm(torch.randn(TOKENS, 32, generator=generator))
         units = torch.relu(layer.fc1(noise))
@@ -113,7 +115,7 @@ def test_the_mean_of_the_experts_goes_on_in_the_stream():
     shares = 1 / (torch.arange(64) + 100.0)
     generator = torch.Generator().manual_seed(5)
     ids = torch.multinomial(shares, TOKENS, replacement=True, generator=generator)
-    read = read_moments(model, ffns, {"input_ids": ids[:, None]})
+    read = read_moments(model, ffns, {"input_ids": ids.view(-1, LENGTH)})
     seen = sum(found.tokens for found in read.values())
     stream = sum(found.second_FF * found.tokens for found in read.values()) / seen
     layer = model.model.layers[1]

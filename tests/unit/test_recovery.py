@@ -542,13 +542,13 @@ def test_the_folder_holds_an_adapter_that_peft_loads(tmp_path, logits):
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 
-def test_nothing_is_asked_of_the_hub(tmp_path, monkeypatch):
+def test_nothing_is_asked_of_the_hub(tokenizer, tmp_path, monkeypatch):
     model = build("llama")
     model.name_or_path = model.config._name_or_path = "some/model"
     asked = []
     monkeypatch.setattr("peft.utils.other.file_exists", lambda *given, **_: asked.append(given))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    yopo.recover(model, TOKENS, settings=SMALL, output=tmp_path)
+    yopo.recover(model, TOKENS, tokenizer=tokenizer, settings=SMALL, output=tmp_path)
     assert asked == []
 
 
