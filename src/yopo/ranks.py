@@ -5,15 +5,16 @@ of the others what they have found, so that all end with the same. Piece n belon
 their number. Without `torchrun` there is one rank, and it owns everything.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
-from yopo.errors import InvalidArgumentError
+from yopo.errors import InvalidArgumentError, YopoError
 
 Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -69,6 +70,27 @@ def gather_vectors(found: Sequence[Tensor], *, pieces: int, size: int) -> list[T
     shares = [torch.empty_like(mine) for _ in range(count)]
     distributed.all_gather(shares, mine)
     return [shares[n % count][n // count] for n in range(pieces)]
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Let the first rank do some work that all wait for, and return to all what it gives.
+
+    Raises:
+        YopoError: If it fails, on all ranks.
+    """
+    found: Result | None = None
+    failed: Exception | None = None
+    if rank_and_count()[0] == 0:
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+    found, told = gather([(found, None if failed is None else str(failed))])[0]
+    if isinstance(failed, YopoError):
+        raise failed
+    if told is not None:
+        raise YopoError(told) from failed
+    return cast(Result, found)
 
 
 def check_agreement(job: str, *arguments: object) -> None:

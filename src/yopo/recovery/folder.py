@@ -6,16 +6,16 @@ Shapes: N windows, W tokens a window.
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError
 from yopo.files import read_folder, write_folder
-from yopo.ranks import gather, rank_and_count
+from yopo.ranks import on_first_rank, rank_and_count
 from yopo.recovery.adapter import Trained, save_adapter
 
 logger = logging.getLogger(__name__)
@@ -112,23 +112,6 @@ def checksum(tokens: Tensor) -> str:
     """Return a checksum of token ids."""
     shape = str(tuple(tokens.shape)).encode()
     return hashlib.sha256(shape + tokens.contiguous().cpu().numpy().tobytes()).hexdigest()
-
-
-def on_first_rank(work: Callable[[], None]) -> None:
-    """Let the first rank do some work that all wait for.
-
-    Raises:
-        YopoError: If it fails, on all ranks.
-    """
-    failed: Exception | None = None
-    if rank_and_count()[0] == 0:
-        try:
-            work()
-        except Exception as error:
-            failed = error
-    told = gather([None if failed is None else str(failed)])[0]
-    if told is not None:
-        raise YopoError(told if failed is None else str(failed)) from failed
 
 
 def _shown(found: Any, wanted: Any) -> str:

@@ -11,9 +11,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from yopo.errors import InvalidArgumentError, PolicyFileError, YopoError
+from yopo.errors import InvalidArgumentError, PolicyFileError
 from yopo.files import FORMAT
-from yopo.ranks import gather, rank_and_count
+from yopo.ranks import on_first_rank, rank_and_count
 from yopo.symbolic.history import Candidate
 
 LOG_FILE = "evaluations.jsonl"
@@ -36,6 +36,7 @@ class SearchLog:
     Raises:
         InvalidArgumentError: If the folder holds something else.
         PolicyFileError: If the log is damaged, or cannot be written.
+        YopoError: Either, on ranks other than the first.
     """
 
     def __init__(self, folder: str | Path | None, job: Mapping[str, Any]) -> None:
@@ -44,18 +45,10 @@ class SearchLog:
         self._file: Path | None = None
         if folder is None:
             return
-        found: dict[str, float] | YopoError = {}
-        is_first = rank_and_count()[0] == 0
-        if is_first:
-            self._file = Path(folder) / LOG_FILE
-            try:
-                found = _opened(self._file, job)
-            except YopoError as error:
-                found = error
-        found = gather([found])[0]
-        if isinstance(found, YopoError):
-            raise found
-        self.known = found
+        file = Path(folder) / LOG_FILE
+        self.known = on_first_rank(lambda: _opened(file, job))
+        if rank_and_count()[0] == 0:
+            self._file = file
 
     def add(self, candidate: Candidate, search: str) -> None:
         """Remember an evaluation, on disk before this returns.
