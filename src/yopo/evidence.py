@@ -52,11 +52,7 @@ class Evidence:
     def __init__(self, kind: str | Tensor, *, seed: int) -> None:
         """Check the arguments; nothing is written before it is needed."""
         if isinstance(kind, Tensor):
-            if kind.dim() != 2 or kind.dtype != torch.int64 or kind.numel() == 0:
-                raise InvalidArgumentError(
-                    "`evidence` tokens must be int64 ids of shape (sequences, length), got "
-                    f"{kind.dtype} of shape {tuple(kind.shape)}."
-                )
+            check_rows_of_tokens(kind, called="evidence")
         elif kind not in ("auto", "self", "weights"):
             raise InvalidArgumentError(
                 f'`evidence` must be "auto", "self", "weights" or token ids, got {kind!r}.'
@@ -157,6 +153,23 @@ class Evidence:
 
 def _is_on_disk(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def check_rows_of_tokens(ids: Tensor, *, called: str) -> None:
+    """Check that a tensor can be token ids `(N, W)`.
+
+    Args:
+        ids: The tensor.
+        called: The argument that it was given as.
+
+    Raises:
+        InvalidArgumentError: If it cannot.
+    """
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        raise InvalidArgumentError(
+            f"`{called}` tokens must be int64 ids of shape (sequences, length), got {ids.dtype} of "
+            f"shape {tuple(ids.shape)}."
+        )
 
 
 def check_tokens(model: nn.Module, ids_NW: Tensor, *, called: str) -> None:

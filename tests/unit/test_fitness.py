@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import yopo
-from yopo import InvalidArgumentError, MetricPruner
+from yopo import InvalidArgumentError, MetricPruner, UnsupportedModelError
 from yopo.symbolic import (
     EvolutionSettings,
     Expression,
@@ -92,3 +92,10 @@ def test_what_does_not_fit_is_told(model, statistics, tiny_llama):
         fitness(Expression.parse("gate"))
     with pytest.raises(InvalidArgumentError, match="the same score"):
         fitness(Expression.parse("sub(W, W)"))
+
+
+def test_a_model_without_a_perplexity_is_refused(tiny_model):
+    model = tiny_model("t5")
+    statistics = collect_statistics(model, terminals=["X"], data=IDS)
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration has no perplexity"):
+        PerplexityFitness(model, statistics, data=TEST)

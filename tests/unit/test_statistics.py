@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from yopo import InvalidArgumentError, UnsupportedModelError, YopoError
 from yopo.symbolic import Statistics, collect_statistics
@@ -140,8 +141,8 @@ def test_windows_are_drawn_from_a_text(tiny_llama, tmp_path):
         ({"terminals": []}, '`terminals` must be of "G" and "X"'),
         ({"sequences": 0}, "`sequences` must be at least 1"),
         ({"length": 2}, "`length` at least 3"),
-        ({"data": IDS.float()}, "`data` must be int64 token ids"),
-        ({"data": IDS[0]}, "`data` must be int64 token ids"),
+        ({"data": IDS.float()}, "`data` tokens must be int64 ids"),
+        ({"data": IDS[0]}, "`data` tokens must be int64 ids"),
         ({"data": IDS + 60}, r"`data` ids must lie in \[0, 64\)"),
         ({"data": "some text"}, "`tokenizer` is needed"),
         ({"data": "short", "tokenizer": Letters(), "length": 9}, "5 tokens, fewer than one seq"),
@@ -159,6 +160,12 @@ def test_a_model_without_a_head_has_inputs_but_no_gradients(tiny_llama):
         collect_statistics(body, data=IDS)
     with pytest.raises(UnsupportedModelError, match="cannot write text"):
         collect_statistics(body, terminals=["X"])
+
+
+def test_a_model_that_sees_what_comes_next_has_no_gradients():
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(UnsupportedModelError, match="BertForMaskedLM predicts no next tokens"):
+        collect_statistics(BertForMaskedLM(config), data=IDS)
 
 
 def test_inputs_that_are_not_finite_are_refused(tiny_llama):

@@ -6,13 +6,14 @@ from yopo.symbolic.expression import ROW_TERMINALS, TERMINALS, WEIGHT_TERMINALS,
 from yopo.symbolic.fitness import PerplexityFitness
 from yopo.symbolic.growing import crossover, mutate, random_expression
 from yopo.symbolic.history import Candidate, Evolution
-from yopo.symbolic.metric_pruner import MetricPruner, sparsity_of
+from yopo.symbolic.matrices import sparsity_of
+from yopo.symbolic.metric_pruner import MetricPruner
 from yopo.symbolic.metrics import METRICS
 from yopo.symbolic.primitives import PRIMITIVES
 from yopo.symbolic.row_fitness import DivergenceFitness, SpectralFitness
 from yopo.symbolic.rows import row_criterion, row_scores
 from yopo.symbolic.settings import EvolutionSettings
-from yopo.symbolic.simplifying import simplify, stripped
+from yopo.symbolic.simplifying import simplify
 from yopo.symbolic.statistics import Statistics, collect_statistics
 
 __all__ = [
@@ -40,5 +41,4 @@ __all__ = [
     "row_scores",
     "simplify",
     "sparsity_of",
-    "stripped",
 ]

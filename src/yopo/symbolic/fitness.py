@@ -6,17 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from yopo.errors import InvalidArgumentError
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.evaluation import perplexity
 from yopo.evidence import checksum_of
 from yopo.surgery import interrupts_held
 from yopo.symbolic.expression import Expression
+from yopo.symbolic.inputs import Data, inputs_of
 from yopo.symbolic.masks import Pattern, dropped
-from yopo.symbolic.matrices import Matrix, find_blocks
+from yopo.symbolic.matrices import Matrix, find_blocks, matrices_of
 from yopo.symbolic.metrics import check_weight_metric, scores_of
-from yopo.symbolic.statistics import Data, Statistics, inputs_of
+from yopo.symbolic.statistics import Statistics
 from yopo.writing import LENGTH
 
 _SEQUENCES = 32
@@ -53,7 +54,7 @@ class PerplexityFitness:
     Raises:
         InvalidArgumentError: If an argument is outside its range, or the statistics are of another
             model.
-        UnsupportedModelError: If the model cannot be pruned, or cannot write.
+        UnsupportedModelError: If the model cannot be pruned, or is no causal language model.
 
     Example:
         >>> statistics = yopo.symbolic.collect_statistics(model, sequences=8, length=32)
@@ -63,7 +64,7 @@ class PerplexityFitness:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         statistics: Statistics,
         *,
         data: Data = "self",
@@ -76,10 +77,15 @@ class PerplexityFitness:
     ) -> None:
         """Check the arguments, and write or draw the text."""
         self._pattern = Pattern.of(pattern, sparsity)
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no perplexity. Pass a causal language model, with its "
+                "head."
+            )
         statistics.check(model)
         self._model, self._statistics = model, statistics
         blocks = find_blocks(model)
-        self._matrices = [matrix for block in blocks for matrix in block.matrices]
+        self._matrices = matrices_of(blocks)
         for matrix in self._matrices:
             self._pattern.check_width(matrix.name, matrix.weight.shape[1])
         probed = {0, len(blocks) // 2, len(blocks) - 1}

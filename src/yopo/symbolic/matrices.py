@@ -53,7 +53,7 @@ class Block:
     matrices: tuple[Matrix, ...]
 
 
-def find_blocks(model: nn.Module, ffns: Sequence[Ffn] | None = None) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[Block]:
     """Return the layers of `model` and the linear maps in them, in the order of its modules.
 
     Layers are the entries of those lists of modules that hold the FFNs. Embeddings, heads and
@@ -61,13 +61,12 @@ def find_blocks(model: nn.Module, ffns: Sequence[Ffn] | None = None) -> list[Blo
 
     Args:
         model: A `PreTrainedModel` of transformers.
-        ffns: Its FFNs, where they are known already.
 
     Raises:
         UnsupportedModelError: If the model cannot be pruned, or has weights that are missing, NaN
             or infinite.
     """
-    ffns = find_ffns(model) if ffns is None else ffns
+    ffns = find_ffns(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stacks = dict.fromkeys(_stack_of(model, ffn.path) for ffn in ffns)
     blocks = []
@@ -78,8 +77,29 @@ def find_blocks(model: nn.Module, ffns: Sequence[Ffn] | None = None) -> list[Blo
             matrices = tuple(_matrices_in(module, inside, names))
             if matrices:
                 blocks.append(Block(prefix, module, matrices))
-    _check(matrix for block in blocks for matrix in block.matrices)
+    _check(matrices_of(blocks))
     return blocks
+
+
+def matrices_of(blocks: Iterable[Block]) -> list[Matrix]:
+    """Return the matrices of all layers."""
+    return [matrix for block in blocks for matrix in block.matrices]
+
+
+def sparsity_of(model: nn.Module) -> dict[str, float]:
+    """Return the share of zeros in each linear map of the model's layers, by name, in [0, 1].
+
+    Raises:
+        UnsupportedModelError: If the model cannot be pruned.
+
+    Example:
+        >>> max(yopo.symbolic.sparsity_of(model).values()) < 0.01
+        True
+    """
+    return {
+        matrix.name: 1.0 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
+        for matrix in matrices_of(find_blocks(model))
+    }
 
 
 def _stack_of(model: nn.Module, path: str) -> str:

@@ -1,6 +1,6 @@
 """`MetricPruner`: set the weights to zero that a symbolic metric scores lowest."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,20 +11,15 @@ from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.plan import MultipleOf, PruningPlan
 from yopo.surgery import apply_plan
 from yopo.symbolic.expression import ROW_TERMINALS, Expression
+from yopo.symbolic.inputs import Data, inputs_of
 from yopo.symbolic.masks import Pattern, dropped
-from yopo.symbolic.matrices import Block, Matrix, find_blocks
+from yopo.symbolic.matrices import Block, Matrix, find_blocks, matrices_of
 from yopo.symbolic.metrics import Metric, check_weight_metric, metric_of, scores_of
 from yopo.symbolic.passes import Run, walk_blocks
 from yopo.symbolic.primitives import PrimitiveSet
 from yopo.symbolic.rows import row_criterion
 from yopo.symbolic.sparsegpt import sparsegpt, watch_products
-from yopo.symbolic.statistics import (
-    Data,
-    Statistics,
-    collect_statistics,
-    inputs_of,
-    watch_norms,
-)
+from yopo.symbolic.statistics import Statistics, read_statistics, watch_norms
 from yopo.symbolic.structured import weight_criterion
 from yopo.symbolic.undo import put_back_on_error
 from yopo.writing import LENGTH, SEQUENCES, with_progress
@@ -129,7 +124,7 @@ class MetricPruner:
             return model
         chosen = Pattern.of(pattern, sparsity)
         blocks = find_blocks(model)
-        for matrix in _matrices(blocks):
+        for matrix in matrices_of(blocks):
             chosen.check_width(matrix.name, matrix.weight.shape[1])
         if self._metric is None:
             self._prune_by_sparsegpt(model, blocks, chosen)
@@ -144,8 +139,8 @@ class MetricPruner:
         """Decide which FFN rows stay, by the sum of the scores of their weights.
 
         A metric of W, G and X is summed over the weights of a row in every matrix that it runs
-        through. One of the terminals of rows is summed as `yopo.symbolic.row_criterion` does, and
-        needs no data.
+        through, X being that of the dense model. One of the terminals of rows is summed as
+        `yopo.symbolic.row_criterion` does, and needs no data.
 
         Args:
             model: A `PreTrainedModel` in memory, which is not changed.
@@ -162,19 +157,25 @@ class MetricPruner:
             )
         expression = self._metric.expression
         if expression.terminals & set(ROW_TERMINALS):
+            if self._primitives != "safe":
+                raise InvalidArgumentError(
+                    f"`primitives={self._primitives!r}` is what the reference computes of W, G and "
+                    f"X; `{expression}` is of FFN rows."
+                )
             criterion = row_criterion(expression)
             return plan_by_criterion(model, ratio, criterion=criterion, multiple_of=multiple_of)
-        statistics = self._collect(model, expression.terminals)
+        lacking = self._lacking(model, expression)
+        statistics = self._with(model, inputs_of(model, **self._text) if lacking else {}, lacking)
         criterion = weight_criterion(model, expression, statistics, primitives=self._primitives)
         return plan_by_criterion(model, ratio, criterion=criterion, multiple_of=multiple_of)
 
     def _prune_by_metric(
         self, model: nn.Module, blocks: Sequence[Block], metric: Metric, pattern: Pattern
     ) -> None:
-        needed = metric.expression.terminals
-        given = Statistics({}, {}) if self._statistics is None else self._statistics
-        behind_pruned = self._sequential and "X" in needed - given.terminals
-        statistics = self._collect(model, needed - {"X"} if behind_pruned else needed)
+        lacking = self._lacking(model, metric.expression)
+        inputs = inputs_of(model, **self._text) if lacking else {}
+        behind_pruned = self._sequential and "X" in lacking
+        statistics = self._with(model, inputs, lacking - {"X"} if behind_pruned else lacking)
 
         def zeroed(matrix: Matrix, activations: Mapping[str, Tensor]) -> Tensor:
             known = replace(statistics, activations=activations)
@@ -189,10 +190,9 @@ class MetricPruner:
 
         with put_back_on_error() as change:
             if not behind_pruned:
-                for matrix in with_progress(_matrices(blocks), "prune", unit="matrix"):
+                for matrix in with_progress(matrices_of(blocks), "prune", unit="matrix"):
                     change(matrix.weight, zeroed(matrix, statistics.activations))
                 return
-            inputs = inputs_of(model, **self._text)
             count = len(next(iter(inputs.values())))
             for block, run in _all_visited(walk_blocks(model, blocks, inputs), blocks):
                 with watch_norms(block.matrices, count) as norms:
@@ -213,42 +213,25 @@ class MetricPruner:
                     new = sparsegpt(matrix.weight, known, pattern, name=matrix.name)
                     change(matrix.weight, new.to(matrix.weight.dtype))
 
-    def _collect(self, model: nn.Module, needed: Collection[str]) -> Statistics:
-        """Return the statistics given, and those of `needed` that they lack."""
-        given = self._statistics
-        if given is not None:
-            given.check(model)
-        missing = set(needed) & {"G", "X"} - (frozenset() if given is None else given.terminals)
-        if not missing:
-            return given or Statistics({}, {})
-        found = collect_statistics(model, terminals=missing, **self._text)
-        if given is None:
-            return found
-        return replace(
-            found,
-            gradients=given.gradients or found.gradients,
-            activations=given.activations or found.activations,
+    def _lacking(self, model: nn.Module, expression: Expression) -> frozenset[str]:
+        """Return what the statistics given, of this model if any, lack of what a metric needs."""
+        needed = expression.terminals & {"G", "X"}
+        if self._statistics is None:
+            return needed
+        self._statistics.check(model)
+        return needed - self._statistics.terminals
+
+    def _with(
+        self, model: nn.Module, inputs: dict[str, Tensor], lacking: frozenset[str]
+    ) -> Statistics:
+        """Return the statistics given, and what they lack collected on a text."""
+        given = Statistics({}, {}) if self._statistics is None else self._statistics
+        if not lacking:
+            return given
+        found = read_statistics(model, inputs, lacking)
+        return Statistics(
+            given.gradients or found.gradients, given.activations or found.activations
         )
-
-
-def sparsity_of(model: nn.Module) -> dict[str, float]:
-    """Return the share of zeros in each linear map of the model's layers, by name, in [0, 1].
-
-    Raises:
-        UnsupportedModelError: If the model cannot be pruned.
-
-    Example:
-        >>> max(yopo.symbolic.sparsity_of(model).values()) < 0.01
-        True
-    """
-    return {
-        matrix.name: 1.0 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
-        for matrix in _matrices(find_blocks(model))
-    }
-
-
-def _matrices(blocks: Iterable[Block]) -> list[Matrix]:
-    return [matrix for block in blocks for matrix in block.matrices]
 
 
 def _all_visited(

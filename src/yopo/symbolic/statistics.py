@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from yopo.errors import InvalidArgumentError, PolicyFileError, UnsupportedModelError
-from yopo.evaluation.texts import check_tokenizer, tokens_of
-from yopo.evidence import check_tokens, checksum_of
+from yopo.evidence import checksum_of
 from yopo.files import read_folder, write_folder
 from yopo.symbolic.gradients import no_gradients, read_gradients
-from yopo.symbolic.matrices import Block, Matrix, find_blocks
+from yopo.symbolic.inputs import Data, inputs_of, is_self
+from yopo.symbolic.matrices import Block, Matrix, find_blocks, matrices_of
 from yopo.symbolic.passes import batches_of
 from yopo.watching import Watch, eager_experts, without_head
-from yopo.writing import LENGTH, SEQUENCES, can_write, positions_of, with_progress, write_tokens
-
-Data = Tensor | str | Path
-"""Token ids `(N, W)`, a text, a file that holds one, or "self"."""
+from yopo.writing import LENGTH, SEQUENCES, with_progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,86 +137,45 @@ def collect_statistics(
     unknown = sorted(set(terminals) - {"G", "X"})
     if unknown or not terminals or isinstance(terminals, str):
         raise InvalidArgumentError(f'`terminals` must be of "G" and "X", got {terminals!r}.')
-    blocks = find_blocks(model)
     inputs = inputs_of(
         model, data, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
     )
-    if "G" in terminals and not can_write(model):
+    told = str(data) if isinstance(data, Path) or is_self(data) else "given"
+    return read_statistics(model, inputs, terminals, data=told, seed=seed)
+
+
+def read_statistics(
+    model: Any, inputs: dict[str, Tensor], terminals: Collection[str], **made: Any
+) -> Statistics:
+    """Return what `collect_statistics` does, of inputs that are there already.
+
+    Args:
+        model: As for `collect_statistics`.
+        inputs: Keyword arguments of the model `(N, W)`, batch first.
+        terminals: As for `collect_statistics`.
+        **made: How the inputs were made, to be told with them.
+
+    Raises:
+        UnsupportedModelError: As for `collect_statistics`.
+    """
+    blocks = find_blocks(model)
+    if "G" in terminals and not model.can_generate():
         raise no_gradients(model)
     rows, tokens = next(iter(inputs.values())).shape
-    made = {
+    made |= {
         "class": type(model).__name__,
         "checksum": checksum_of(model).hex(),
-        "data": str(data) if isinstance(data, Path) or is_self(data) else "given",
         "sequences": rows,
         "length": tokens,
-        "seed": seed,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     gradients, activations = {}, {}
     if "G" in terminals:
-        matrices = [matrix for block in blocks for matrix in block.matrices]
-        gradients = read_gradients(model, {m.key: m.parameter for m in matrices}, inputs)
+        parameters = {matrix.key: matrix.parameter for matrix in matrices_of(blocks)}
+        gradients = read_gradients(model, parameters, inputs)
     if "X" in terminals:
         activations = _read_activations(model, blocks, inputs)
     return Statistics(gradients, activations, made)
-
-
-def is_self(data: Data) -> bool:
-    """Tell whether `data` is text that the model writes itself."""
-    return isinstance(data, str) and data == "self"
-
-
-def inputs_of(
-    model: nn.Module, data: Data, *, tokenizer: Any, sequences: int, length: int, seed: int
-) -> dict[str, Tensor]:
-    """Return the inputs `(N, W)` that make `model` read `data`, as for `collect_statistics`.
-
-    Raises:
-        InvalidArgumentError: As for `collect_statistics`.
-        UnsupportedModelError: If the model cannot write.
-    """
-    if sequences < 1 or length < 3:
-        raise InvalidArgumentError(
-            f"`sequences` must be at least 1 and `length` at least 3, got {sequences} and {length}."
-        )
-    if is_self(data):
-        if not can_write(model):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot write text. Pass text or token ids as `data`."
-            )
-        return write_tokens(model, sequences=sequences, length=length, seed=seed)
-    if isinstance(data, Tensor):
-        if data.dim() != 2 or data.dtype != torch.int64 or data.numel() == 0:
-            raise InvalidArgumentError(
-                "`data` must be int64 token ids of shape (sequences, length), got "
-                f"{data.dtype} of shape {tuple(data.shape)}."
-            )
-        ids_NW = data.cpu()
-    else:
-        if tokenizer is not None:
-            check_tokenizer(model, tokenizer)
-        ids_NW = _windows(tokens_of(data, tokenizer), model, sequences, length, seed)
-    check_tokens(model, ids_NW, called="data")
-    config: Any = model.config
-    if config.is_encoder_decoder:
-        return {"input_ids": ids_NW, "decoder_input_ids": ids_NW}
-    return {"input_ids": ids_NW}
-
-
-def _windows(tokens_T: Tensor, model: Any, sequences: int, length: int, seed: int) -> Tensor:
-    """Return windows `(N, W)` that begin anywhere in a text."""
-    length = min(length, positions_of(model.config) or length)
-    if len(tokens_T) < length:
-        raise InvalidArgumentError(
-            f"the text has {len(tokens_T)} tokens, fewer than one sequence of {length}: pass a "
-            "longer text or a smaller `length`."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(
-        len(tokens_T) - length + 1, (sequences,), generator=generator, device="cpu"
-    )
-    return torch.stack([tokens_T[start : start + length] for start in starts.tolist()])
 
 
 def _read_activations(
@@ -229,11 +185,10 @@ def _read_activations(
     rows = len(next(iter(inputs.values())))
     device = next(model.parameters()).device
     body = without_head(model, [block.name for block in blocks])
-    matrices = [matrix for block in blocks for matrix in block.matrices]
     training = model.training
     try:
         model.eval()
-        with eager_experts(model), torch.no_grad(), watch_norms(matrices, rows) as norms:
+        with eager_experts(model), torch.no_grad(), watch_norms(matrices_of(blocks), rows) as norms:
             for batch in with_progress(batches_of(inputs), "read"):
                 body(**{key: ids.to(device) for key, ids in batch.items()}, use_cache=False)
     finally:

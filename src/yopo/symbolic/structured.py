@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from yopo.adapters import Ffn, Slot
 from yopo.criteria import Criterion
 from yopo.symbolic.expression import Expression
-from yopo.symbolic.matrices import Matrix, find_blocks
+from yopo.symbolic.matrices import Matrix, find_blocks, matrices_of
 from yopo.symbolic.metrics import scores_of
 from yopo.symbolic.primitives import PrimitiveSet
 from yopo.symbolic.statistics import Statistics
@@ -23,8 +23,7 @@ def weight_criterion(
         statistics: G and X, as far as they are needed.
         primitives: As for `Expression.evaluate`.
     """
-    matrices = [matrix for block in find_blocks(model) for matrix in block.matrices]
-    by_place = {(id(m.parameter), m.expert, m.part): m for m in matrices}
+    by_place = {(id(m.parameter), m.expert, m.part): m for m in matrices_of(find_blocks(model))}
 
     def matrix_of(slot: Slot, rows: int) -> Matrix:
         parts = (None, (slot.start, rows))
