@@ -8,7 +8,7 @@ import torch
 
 from yopo.symbolic.expression import TERMINALS, Expression
 from yopo.symbolic.growing import ramped_expressions
-from yopo.symbolic.simplifying import is_non_negative, simplify, stripped
+from yopo.symbolic.simplifying import is_non_negative, simplify
 
 EXACT = [
     ("skp(W)", "W"),
@@ -166,45 +166,3 @@ def test_what_is_known_to_be_at_least_zero_is(seed):
             known += 1
             assert expression.evaluate(tensors(seed)).min() >= 0, expression
     assert known > 50
-
-
-def order(expression, terminals):
-    """Return the columns of each row by score, ties in the order of their numbers."""
-    return expression.evaluate(terminals).expand(5, 7).argsort(dim=1, stable=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "simpler"),
-    [
-        ("skp(exp(tanh(mms(zsn(div(neg(W), G))))))", "neg(W)"),
-        ("sqrt(sqr(neg(add(W, X))))", "sqr(neg(add(W, X)))"),
-        ("sqrt(log(W))", "sqrt(log(W))"),
-        ("log(sqrt(pow(add(W, X))))", "add(W, X)"),
-        ("exp(sub(exp(W), G))", "sub(exp(W), G)"),
-        ("neg(exp(W))", "neg(exp(W))"),
-        ("mul(abs(mul(W, W)), mms(G))", "mul(abs(mul(W, W)), mms(G))"),
-        ("W", "W"),
-    ],
-)
-def test_functions_that_do_not_change_the_order_are_stripped_off_the_root(text, simpler):
-    expression = Expression.parse(text)
-    assert str(stripped(expression)) == simpler
-    assert torch.equal(order(expression, tensors()), order(stripped(expression), tensors()))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_random_expressions_rank_alike_without_what_is_stripped(seed):
-    drawn = ramped_expressions(random.Random(seed), terminals=("W", "G", "X"))
-    terminals = {name: value.double() for name, value in tensors(seed).items()}
-    changed = 0
-    for expression in islice(drawn, 200):
-        found = stripped(expression)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-            values = expression.evaluate(terminals), found.evaluate(terminals)
-            value = values[0].expand(5, 7).sort(dim=1).values
-            if found == expression or value.diff(dim=1).min() < 1e-9:
-                continue  # rounding has made, or could make, two scores equal
-            changed += 1
-            assert torch.equal(order(expression, terminals), order(found, terminals)), expression
-    assert changed > 15

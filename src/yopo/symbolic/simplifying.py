@@ -1,4 +1,4 @@
-"""Simpler expressions of the same value, and simpler ones that only rank alike.
+"""Simpler expressions of the same value.
 
 Pruner-Zero simplifies what mutation has made by its "opposing operation simplification", to remove
 redundancy and make a population diverse. Of its rules only examples are published, such as exp and
@@ -48,29 +48,6 @@ def simplify(expression: Expression, *, approximate: bool = True) -> Expression 
             return None
         previous, found = found, simpler
     return found
-
-
-def stripped(expression: Expression) -> Expression:
-    """Return an expression that ranks the weights of each row alike, without needless functions.
-
-    Functions that are strictly increasing, and the division by a norm, go at the root: `skp`,
-    `exp`, `tanh`, `mms`, `zsn` and `div` always, `sqrt`, `sqr` and `log` where their operand is at
-    least 0. Values that float32 rounds to the same, such as a `tanh` of 1, rank apart afterwards.
-    Not for scores that are added up over the weights of a unit.
-
-    Args:
-        expression: A metric of single weights.
-
-    Example:
-        >>> print(yopo.symbolic.stripped(yopo.symbolic.Expression.parse("sqrt(mul(W, W))")))
-        mul(W, W)
-    """
-    match expression:
-        case Expression("skp" | "exp" | "tanh" | "mms" | "zsn", (a,)) | Expression("div", (a, _)):
-            return stripped(a)
-        case Expression("sqrt" | "sqr" | "pow" | "log", (a,)) if is_non_negative(a):
-            return stripped(a)
-    return expression
 
 
 def is_non_negative(expression: Expression) -> bool:
