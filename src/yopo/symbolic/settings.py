@@ -42,9 +42,9 @@ class EvolutionSettings:
             of them.
         offspring: Children that are made from one population before the first of them joins it,
             at least 1: so many processes can be kept busy. The result depends on it.
-        random_search: Whether to evaluate as many expressions at random too. Half of all random
-            expressions rank weights by one terminal alone, so the good ones are found by chance
-            often enough that a search has to be compared with it.
+        random_search: Whether to evaluate as many expressions at random too. There are few ways to
+            rank weights by short expressions, so good ones are found by chance often enough that a
+            search has to be compared with it.
 
     Raises:
         InvalidArgumentError: If one is outside its range.
