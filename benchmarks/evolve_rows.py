@@ -23,7 +23,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, Subject, keep_result, kept_rows, machine, quiet, subjects
 from methods import SEEDS, Method, Workbench, by_criterion, ours, step
+from searches import described, search_parser, told_of
 from yopo import criteria
 from yopo.report import format_table
 from yopo.symbolic.evolution import EvolutionSettings, evolve
@@ -78,8 +78,8 @@ def searches(subject: Subject, arguments: argparse.Namespace) -> Iterator[tuple[
                 "evaluated": len(found.history),
                 "seed": arguments.seed,
                 "seconds": round(time.perf_counter() - started, 2),
-                "evolved": _described(found.best),
-                "random": _described(at_random),
+                "evolved": described(found.best),
+                "random": described(at_random),
                 "by_hand": hand,
             },
         )
@@ -184,20 +184,12 @@ def _by_hand() -> dict[str, Expression]:
     }
 
 
-def _described(candidate: Candidate) -> Row:
-    return {"expression": str(candidate.expression), "fitness": candidate.fitness}
-
-
 def _told_search(row: Row) -> str:
     hand = ", ".join(f"{name} {value:.4f}" for name, value in row["by_hand"].items())
-    evolved, drawn = (
-        f"`{Expression.parse(row[key]['expression']).formula()}`, {row[key]['fitness']:.4f}"
-        for key in ("evolved", "random")
-    )
     return (
         f"* By {row['fitness']} on {row['model']} at {row['ratio']}, seed {row['seed']}, "
         f"{row['evaluated']} evaluations and as many at random, {row['seconds']:.2g} s each: "
-        f"evolved {evolved}; at random {drawn}; for comparison {hand}."
+        f"{told_of(row, 4)}; for comparison {hand}."
     )
 
 
@@ -281,17 +273,9 @@ def _measured_before(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--on", default="llama-s", help="the model to evolve on")
+    parser = search_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=0.3, help="the ratio to evolve at")
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--population", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where searches are kept")
-    parser.add_argument("--models", nargs="+", help="those to measure on; by default all")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

@@ -19,17 +19,16 @@ import logging
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, machine, quiet, subjects
+from searches import described, search_parser, told_of
 from yopo import MetricPruner
 from yopo.plots import plot_evolution
 from yopo.report import format_table
 from yopo.symbolic import (
-    Candidate,
     Evolution,
     EvolutionSettings,
     Expression,
@@ -75,8 +74,8 @@ def search(subject: Subject, arguments: argparse.Namespace) -> tuple[Evolution, 
         "evaluated": len(found.history),
         "at_random": len(found.random),
         "seconds": round(time.perf_counter() - started, 2),
-        "evolved": _described(found.best),
-        "random": _described(min(found.random, key=lambda each: each.fitness)),
+        "evolved": described(found.best),
+        "random": described(min(found.random, key=lambda each: each.fitness)),
         "named": named,
         "machine": machine(torch.device("cpu"), shared=True),
     }
@@ -138,20 +137,12 @@ def _formulas() -> dict[str, str]:
     }
 
 
-def _described(candidate: Candidate) -> Row:
-    return {"expression": str(candidate.expression), "fitness": candidate.fitness}
-
-
 def _told_search(row: Row) -> str:
     named = ", ".join(f"{name} {value:.2f}" for name, value in row["named"].items())
-    evolved, drawn = (
-        f"`{Expression.parse(row[key]['expression']).formula()}`, {row[key]['fitness']:.2f}"
-        for key in ("evolved", "random")
-    )
     return (
         f"On {row['model']}, seed {row['seed']}, {row['evaluated']} evaluations and "
         f"{row['at_random']} at random, {row['seconds']:.2g} s each. Perplexity on the text that "
-        f"formulas are judged by: evolved {evolved}; at random {drawn}; for comparison {named}."
+        f"formulas are judged by: {told_of(row, 2)}; for comparison {named}."
     )
 
 
@@ -172,16 +163,8 @@ def _table(rows: list[Row]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--on", default="llama-s", help="the model to evolve on")
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--population", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where the search is kept")
-    parser.add_argument("--models", nargs="+", help="those to measure on; by default all")
+    parser = search_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
