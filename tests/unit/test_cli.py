@@ -312,6 +312,18 @@ def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     assert found.expression.formula() in capsys.readouterr().out
 
 
+def test_a_search_that_is_interrupted_shows_the_best_so_far(tmp_path, capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("yopo.symbolic.evolution._Search.go_on", interrupted)
+    arguments = ["evolve", str(model_path()), "--rows", "--output", str(tmp_path / "search")]
+    assert main([*arguments, "--population", "2", "--iterations", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "best: " in told
+    assert "at random: " not in told
+
+
 def test_a_formula_that_is_none_is_shown_with_the_place(saved, tmp_path, capsys):
     output = tmp_path / "sparse"
     assert main(["sparsify", saved, "--output", str(output), "--metric", "mul(W; G)"]) == 2

@@ -75,7 +75,8 @@ def evolve_command(options: argparse.Namespace) -> None:
     if rank_and_count()[0] == 0:
         print(found.family_tree())
         print(f"\nbest:      {_told(found.best)}")
-        print(f"at random: {_told(min(found.random, key=lambda each: each.fitness))}")
+        if found.random:  # there is none where Ctrl-C came before
+            print(f"at random: {_told(min(found.random, key=lambda each: each.fitness))}")
         print(f"\n{found.expression.formula()}\nWritten to {options.output}.")
 
 
