@@ -34,8 +34,9 @@ from searches import described, search_parser, told_of
 from yopo import criteria
 from yopo.report import format_table
 from yopo.symbolic.evolution import EvolutionSettings, evolve
-from yopo.symbolic.expression import ROW_TERMINALS, Expression
+from yopo.symbolic.expression import Expression
 from yopo.symbolic.history import Candidate, Evolution
+from yopo.symbolic.names import ROW_TERMINALS
 from yopo.symbolic.row_fitness import DivergenceFitness, SpectralFitness
 from yopo.symbolic.rows import row_criterion
 

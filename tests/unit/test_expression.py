@@ -7,7 +7,7 @@ import torch
 
 from yopo import InvalidArgumentError, YopoError
 from yopo.symbolic import Expression
-from yopo.symbolic.expression import DEEPEST
+from yopo.symbolic.names import DEEPEST
 
 PUBLISHED = "mul(abs(mul(W, W)), mms(G))"
 TREE = {

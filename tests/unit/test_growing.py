@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from yopo.symbolic.expression import TERMINALS, Expression
+from yopo.symbolic.expression import Expression
 from yopo.symbolic.growing import (
     FUNCTIONS,
     crossover,
@@ -14,6 +14,7 @@ from yopo.symbolic.growing import (
     ramped_expressions,
     random_expression,
 )
+from yopo.symbolic.names import TERMINALS
 from yopo.symbolic.primitives import PRIMITIVES
 
 WGX = ("W", "G", "X")

@@ -12,8 +12,8 @@ import yopo
 from yopo import InvalidArgumentError
 from yopo.criteria import norm_product, plan_by_criterion, row_norm
 from yopo.symbolic import Expression
-from yopo.symbolic.expression import ROW_TERMINALS
 from yopo.symbolic.growing import random_expression
+from yopo.symbolic.names import ROW_TERMINALS
 from yopo.symbolic.rows import row_criterion, row_scores, row_terminals
 
 AGGREGATES = {

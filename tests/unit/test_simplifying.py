@@ -6,8 +6,9 @@ from itertools import islice
 import pytest
 import torch
 
-from yopo.symbolic.expression import TERMINALS, Expression
+from yopo.symbolic.expression import Expression
 from yopo.symbolic.growing import ramped_expressions
+from yopo.symbolic.names import TERMINALS
 from yopo.symbolic.simplifying import is_non_negative, simplify
 
 EXACT = [

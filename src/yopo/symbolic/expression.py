@@ -1,7 +1,6 @@
 """Symbolic pruning metrics: immutable trees of primitives over weights, gradients, activations."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,30 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from yopo.errors import InvalidArgumentError
+from yopo.symbolic.formulas import formula_of
+from yopo.symbolic.names import DEEPEST, fault_of
 from yopo.symbolic.primitives import PRIMITIVES, PrimitiveSet
-
-WEIGHT_TERMINALS = ("W", "G", "X")
-"""Of a matrix: its absolute weights and gradient magnitudes `(out, in)`, and the squared norms of
-its inputs `(1, in)`."""
-
-ROW_TERMINALS = (
-    "gate",
-    "up",
-    "down",
-    "gate_norm",
-    "up_norm",
-    "down_norm",
-    "leverage",
-)
-"""Of an FFN, from weights alone: absolute entries `(F, D)` of its matrices, the norms of their rows
-and the leverage scores of the first, each `(F, 1)`."""
-
-TERMINALS = (*WEIGHT_TERMINALS, *ROW_TERMINALS)
-
-DEEPEST = 50
-"""Edges from the root to the deepest leaf that an expression may have."""
-
-_TOKEN = re.compile(r"\s*([A-Za-z_]\w*|[(),]|\S)")
+from yopo.symbolic.reading import TextReader, Tree, tree_of_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class Expression:
 
     def __post_init__(self) -> None:
         """Check the name against the number of operands."""
-        told = _fault(self.name, len(self.operands))
+        told = fault_of(self.name, len(self.operands))
         if told is not None:
             raise InvalidArgumentError(f"{told}.")
         if self.depth > DEEPEST:
@@ -82,7 +61,7 @@ class Expression:
         Raises:
             InvalidArgumentError: If it is no expression; the text points at the place.
         """
-        return _Parser(text).expression()
+        return _built(TextReader(text).tree())
 
     @staticmethod
     def from_json(document: str | Path | Mapping[str, Any]) -> "Expression":
@@ -101,7 +80,7 @@ class Expression:
                 document = json.loads(text)
             except (OSError, ValueError, RecursionError) as error:
                 raise InvalidArgumentError(f"the expression cannot be read: {error}.") from error
-        return _from_node(document, ())
+        return _built(tree_of_json(document))
 
     def to_json(self) -> dict[str, Any]:
         """Return the expression in the JSON of the reference implementation."""
@@ -121,7 +100,7 @@ class Expression:
             >>> print(yopo.symbolic.Expression.parse("mul(W, sqrt(X))").formula())
             W · √|X|
         """
-        return _formula(self)[0]
+        return formula_of(self)[0]
 
     @cached_property
     def depth(self) -> int:
@@ -203,119 +182,6 @@ class Expression:
         return function(*(operand._value(terminals, primitives) for operand in self.operands))
 
 
-def _fault(name: str, operands: int) -> str | None:
-    """Return what is wrong with a node, None where nothing is."""
-    if name in PRIMITIVES:
-        arity = PRIMITIVES[name].arity
-        if arity == operands:
-            return None
-        return f"`{name}` takes {arity} operand{'s' if arity > 1 else ''}, got {operands}"
-    if name not in TERMINALS:
-        return (
-            f"unknown name `{name}`: functions are {', '.join(PRIMITIVES)}, and terminals "
-            f"{', '.join(TERMINALS)}"
-        )
-    return f"`{name}` is no function, and takes no operands" if operands else None
-
-
-class _Parser:
-    """Read one text from left to right."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens = [(match[1], match.start(1)) for match in _TOKEN.finditer(text)]
-        self._next = 0
-
-    def expression(self) -> Expression:
-        found = self._node(0)
-        if self._next < len(self._tokens):
-            raise self._error("nothing may follow the expression", self._next)
-        return found
-
-    def _node(self, depth: int) -> Expression:
-        place = self._next
-        name = self._take()
-        if name is None or not re.match(r"[A-Za-z_]", name):
-            raise self._error("a function or a terminal is missing", place)
-        if depth > DEEPEST:
-            raise self._error(f"an expression may be {DEEPEST} edges deep, not more", place)
-        operands = []
-        if self._peek() == "(":
-            separator = self._take()
-            while separator != ")":
-                operands.append(self._node(depth + 1))
-                separator = self._take()
-                if separator not in (",", ")"):
-                    raise self._error("a comma or a closing parenthesis is missing", self._next - 1)
-        told = _fault(name, len(operands))
-        if told is not None:
-            raise self._error(told, place)
-        return Expression(name, tuple(operands))
-
-    def _peek(self) -> str | None:
-        return self._tokens[self._next][0] if self._next < len(self._tokens) else None
-
-    def _take(self) -> str | None:
-        token = self._peek()
-        self._next += 1
-        return token
-
-    def _error(self, told: str, token: int) -> InvalidArgumentError:
-        place = self._tokens[token][1] if token < len(self._tokens) else len(self._text)
-        start = max(0, place - 40)
-        line = self._text[start : place + 40].replace("\n", " ")
-        return InvalidArgumentError(
-            f"{told}, at character {place + 1} of the expression:\n    {line}\n"
-            f"    {' ' * (place - start)}^"
-        )
-
-
-def _from_node(node: Any, path: tuple[str, ...]) -> Expression:
-    place = f" at `{'.'.join(path)}`" if path else " at the root"
-    if not isinstance(node, Mapping) or not isinstance(node.get("data"), str):
-        raise InvalidArgumentError(f'the expression has no `"data"` with a name{place}.')
-    strange = sorted(set(node) - {"data", "left", "right"})
-    if strange:
-        raise InvalidArgumentError(f"the expression has an unknown key {strange[0]!r}{place}.")
-    if len(path) > DEEPEST:
-        raise InvalidArgumentError(f"an expression may be {DEEPEST} edges deep, not more.")
-    sides = [side for side in ("left", "right") if node.get(side) is not None]
-    if sides == ["right"]:
-        raise InvalidArgumentError(f'the expression has a `"right"` without a `"left"`{place}.')
-    told = _fault(node["data"], len(sides))
-    if told is not None:
-        raise InvalidArgumentError(f"{told}{place}.")
-    return Expression(node["data"], tuple(_from_node(node[side], (*path, side)) for side in sides))
-
-
-_SUM, _PRODUCT, _POWER, _ATOM = range(4)
-
-_INFIX = {
-    "add": ("{} + {}", _SUM, (_SUM, _SUM)),
-    "sub": ("{} − {}", _SUM, (_SUM, _PRODUCT)),
-    "mul": ("{} · {}", _PRODUCT, (_PRODUCT, _PRODUCT)),
-    "div": ("{} / ‖{}‖", _PRODUCT, (_PRODUCT, _SUM)),
-    "sqr": ("{}²", _POWER, (_ATOM,)),
-    "pow": ("{}²", _POWER, (_ATOM,)),
-    "neg": ("−{}", _SUM, (_PRODUCT,)),
-    "abs": ("|{}|", _ATOM, (_SUM,)),
-    "log": ("ln(|{}| + 0.001)", _ATOM, (_SUM,)),
-    "sqrt": ("√|{}|", _ATOM, (_SUM,)),
-    "mms": ("minmax({})", _ATOM, (_SUM,)),
-    "zsn": ("zscore({})", _ATOM, (_SUM,)),
-}
-"""How each function is written, how tightly that binds, and how tightly its operands must."""
-
-
-def _formula(node: Expression) -> tuple[str, int]:
-    """Return a formula, and how tightly it binds."""
-    if not node.operands:
-        return node.name, _ATOM
-    if node.name == "skp":
-        return _formula(node.operands[0])
-    pattern, tightness, needed = _INFIX.get(node.name, (f"{node.name}({{}})", _ATOM, (_SUM,)))
-    written = [
-        text if binds >= least else f"({text})"
-        for (text, binds), least in zip(map(_formula, node.operands), needed, strict=True)
-    ]
-    return pattern.format(*written), tightness
+def _built(tree: Tree) -> Expression:
+    name, operands = tree
+    return Expression(name, tuple(map(_built, operands)))

@@ -10,11 +10,12 @@ from yopo.criteria import plan_by_criterion
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.plan import MultipleOf, PruningPlan
 from yopo.surgery import apply_plan
-from yopo.symbolic.expression import ROW_TERMINALS, Expression
+from yopo.symbolic.expression import Expression
 from yopo.symbolic.inputs import Data, inputs_of
 from yopo.symbolic.masks import Pattern, dropped
 from yopo.symbolic.matrices import Block, Matrix, find_blocks, matrices_of
 from yopo.symbolic.metrics import Metric, check_weight_metric, metric_of, scores_of
+from yopo.symbolic.names import ROW_TERMINALS
 from yopo.symbolic.passes import Run, walk_blocks
 from yopo.symbolic.primitives import PrimitiveSet
 from yopo.symbolic.rows import row_criterion

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from yopo.errors import InvalidArgumentError
-from yopo.symbolic.expression import ROW_TERMINALS, Expression
+from yopo.symbolic.expression import Expression
 from yopo.symbolic.matrices import Matrix
+from yopo.symbolic.names import ROW_TERMINALS
 from yopo.symbolic.primitives import PrimitiveSet
 
 

@@ -20,7 +20,8 @@ from yopo.adapters import Ffn, norm_gain_and_bias
 from yopo.criteria import Criterion
 from yopo.errors import InvalidArgumentError
 from yopo.features import leverage_scores, scaled
-from yopo.symbolic.expression import ROW_TERMINALS, WEIGHT_TERMINALS, Expression
+from yopo.symbolic.expression import Expression
+from yopo.symbolic.names import ROW_TERMINALS, WEIGHT_TERMINALS
 
 Aggregate = Literal["sum", "mean", "max", "norm"]
 
@@ -57,7 +58,7 @@ def row_terminals(ffn: Ffn, names: Collection[str]) -> dict[str, Tensor]:
 
     Args:
         ffn: The FFN.
-        names: Which of `yopo.symbolic.expression.ROW_TERMINALS`.
+        names: Which of `yopo.symbolic.ROW_TERMINALS`.
 
     Raises:
         InvalidArgumentError: If a name is no terminal of rows.

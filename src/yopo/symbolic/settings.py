@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from yopo.errors import InvalidArgumentError
-from yopo.symbolic.expression import TERMINALS
 from yopo.symbolic.growing import MAX_DEPTH, MIN_DEPTH
+from yopo.symbolic.names import TERMINALS
 
 Selection = Literal["topk", "tournament"]
 Replacement = Literal["worst", "append", "oldest"]
