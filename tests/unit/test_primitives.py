@@ -23,14 +23,27 @@ def test_there_are_golden_figures_for_250_expressions():
     assert (len(CASES), len(FINITE)) == (250, 248)
 
 
+def in_float64(tree):
+    """Return what a tree of the reference comes to in twice the precision."""
+    operands = [in_float64(tree[side]) for side in ("left", "right") if side in tree]
+    if not operands:
+        return TERMINALS[tree["data"]].double()
+    return PRIMITIVES[tree["data"]].compat(*operands)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_compat_values_are_those_of_the_reference(case):
+    """To 1e-6, and where a formula makes more of roundings, to twice what it makes of them there.
+
+    Processors differ in the last bit of an exponential or a root.
+    """
     value = Expression.from_json(case["tree"]).evaluate(TERMINALS, primitives="compat")
+    expected = TENSORS[f"{case['name']}.score"]
     assert list(value.shape) == case["shape"]
     assert bool(value.isfinite().all()) == case["finite"]
-    torch.testing.assert_close(
-        value, TENSORS[f"{case['name']}.score"], rtol=1e-6, atol=0.0, equal_nan=True
-    )
+    rounded = (in_float64(case["tree"]) - expected).abs()
+    atol = 2 * float(rounded[rounded.isfinite()].max()) if case["finite"] else 0.0
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=atol, equal_nan=True)
 
 
 def test_safe_values_are_the_same_wherever_the_reference_is_finite():
