@@ -17,7 +17,7 @@ import yopo
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Trained models and texts that do not travel with the project; benchmarks skip them if absent."""
 

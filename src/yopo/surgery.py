@@ -38,6 +38,9 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
     Parameters stay the same objects with their device, dtype, `requires_grad` and memory format;
     gradients, whose shapes no longer fit, are dropped. Module sizes and config fields follow.
 
+    If the widths that come out cannot be written into the config, the log warns that only
+    `yopo.load` can load the saved model.
+
     Args:
         model: A `PreTrainedModel`; its weights may be on the meta device.
         plan: Which rows stay. It must name every FFN of the model, at its present width.
@@ -47,10 +50,6 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
         UnsupportedModelError: If the model cannot be pruned, or the result could not be loaded
             again.
         InvalidArgumentError: If `plan` is no plan, or was made for another model.
-
-    Warns:
-        Through the log, if the widths that come out cannot be written into the config, so that
-        only `yopo.load` can load the saved model.
     """
     overrides = cut_rows(model, plan, find_ffns(model) if ffns is None else ffns)
     if overrides:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import yopo
 from yopo.cli import commands, metric_commands
 from yopo.evaluation.texts import NAMED
 from yopo.plan import MultipleOf
@@ -14,11 +15,20 @@ def parser_of_commands() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="yopo", description="Remove hidden units of FFNs from language models, without data."
     )
+    parser.add_argument("--version", action="version", version=f"yopo {yopo.__version__}")
     found = parser.add_subparsers(required=True, metavar="command")
     info = found.add_parser("info", help="what a model's FFNs are, what ratios would remove")
     info.set_defaults(run=commands.info_command)
-    info.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
-    info.add_argument("--multiple-of", type=_multiple, default="auto")
+    info.add_argument(
+        "--ratio",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.2, 0.3, 0.5],
+        help="shares of FFN rows to remove",
+    )
+    info.add_argument(
+        "--multiple-of", type=_multiple, default="auto", help="what widths are a multiple of"
+    )
     fit = found.add_parser("fit", help="train a policy and save it")
     fit.set_defaults(run=commands.fit_command)
     prune = found.add_parser("prune", help="remove rows and save the smaller model")
@@ -26,13 +36,18 @@ def parser_of_commands() -> argparse.ArgumentParser:
     prune.add_argument("--policy", type=Path, help="folder of a policy; by default one is fitted")
     prune.add_argument("--parameters", type=float, help="how many the model may have, as 5e9")
     prune.add_argument("--bytes", type=float, help="how many bytes they may take, as 8e9")
-    prune.add_argument("--ratio-of", choices=["ffn", "model"], default="ffn")
+    prune.add_argument(
+        "--ratio-of",
+        choices=["ffn", "model"],
+        default="ffn",
+        help="what --ratio is a share of: FFN rows, or all parameters",
+    )
     prune.add_argument("--layers", nargs="+", type=_layer, help="numbers or patterns; default all")
     demo = found.add_parser("demo", help="the whole job on a small model, with baselines")
     demo.set_defaults(run=commands.demo_command)
     demo.add_argument("--model", help="a model on the hub or on disk; default: the embedded one")
     demo.add_argument("--text", type=Path, help="text to measure perplexity on")
-    demo.add_argument("--output", type=Path, default=Path("yopo-demo"))
+    demo.add_argument("--output", type=Path, default=Path("yopo-demo"), help="folder to write")
     bench = found.add_parser("bench", help="how fast a model loads and runs, beside its bound")
     bench.set_defaults(run=commands.bench_command)
     bench.add_argument("--against", metavar="DENSE", help="a model to time in turn with it")
@@ -57,10 +72,21 @@ def parser_of_commands() -> argparse.ArgumentParser:
     for command in (fit, prune):
         command.add_argument("--output", type=Path, required=True, help="folder to write")
         command.add_argument("--ratio", type=float, help="share of FFN rows to remove; default 0.3")
-        command.add_argument("--allocation", choices=["uniform", "adaptive"])
-        command.add_argument("--method", choices=["lean", "prunenet"])
         command.add_argument(
-            "--reward", choices=["output", "divergence", "spectral"], default="output"
+            "--allocation",
+            choices=["uniform", "adaptive"],
+            help="one share for all FFNs, or more where less is lost",
+        )
+        command.add_argument(
+            "--method",
+            choices=["lean", "prunenet"],
+            help="the recipe from weights alone, or PruneNet as published",
+        )
+        command.add_argument(
+            "--reward",
+            choices=["output", "divergence", "spectral"],
+            default="output",
+            help="what a policy learns from",
         )
         command.add_argument(
             "--evidence",
@@ -69,7 +95,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
             help="self, or auto with what is learned, loads the model and lets it write text",
         )
         command.add_argument("--episodes", type=int, help="episodes of policy gradient")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=int, default=0, help="seed of all randomness")
         command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
     return parser
 
@@ -91,7 +117,7 @@ def _add_eval(found: Any) -> argparse.ArgumentParser:
     evaluation.add_argument("--limit", type=int, help="questions of each task; default all")
     evaluation.add_argument("--batch", type=int, default=8, help="requests a pass; default 8")
     evaluation.add_argument("--window", type=int, help="tokens a window; default 2048 or fewer")
-    evaluation.add_argument("--seed", type=int, default=0)
+    evaluation.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     evaluation.add_argument("--dtype", default="auto", help="dtype to load the weights in")
     evaluation.add_argument("--json", type=Path, metavar="FILE", help="file to write to")
     evaluation.add_argument(
@@ -110,12 +136,22 @@ def _add_recover(found: Any) -> argparse.ArgumentParser:
     recovery.add_argument(
         "--data", default="self", help="self, the default: the teacher writes; or a file"
     )
-    recovery.add_argument("--settings", choices=["paper", "published"], default="paper")
-    recovery.add_argument("--targets", choices=["both", "attention", "ffn"], default="both")
+    recovery.add_argument(
+        "--settings",
+        choices=["paper", "published"],
+        default="paper",
+        help="those of PruneNet's paper, or of its script",
+    )
+    recovery.add_argument(
+        "--targets",
+        choices=["both", "attention", "ffn"],
+        default="both",
+        help="which matrices get an adapter",
+    )
     recovery.add_argument(
         "--checkpoints", type=Path, help="folder to keep checkpoints in, and to go on from"
     )
-    recovery.add_argument("--seed", type=int, default=0)
+    recovery.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     recovery.add_argument("--dtype", default="auto", help="dtype to load the weights in")
     return recovery
 
@@ -150,8 +186,10 @@ def _add_evolve(found: Any) -> argparse.ArgumentParser:
         "--rows", action="store_true", help="of FFN rows, judged by the model's own predictions"
     )
     evolution.add_argument("--ratio", type=float, default=0.3, help="with --rows; default 0.3")
-    evolution.add_argument("--population", type=int, default=50)
-    evolution.add_argument("--iterations", type=int, default=300)
+    evolution.add_argument(
+        "--population", type=int, default=50, help="formulas that breed; default 50"
+    )
+    evolution.add_argument("--iterations", type=int, default=300, help="children; default 300")
     evolution.add_argument("--workers", type=int, default=1, help="processes; default 1")
     _add_pattern(evolution)
     return evolution
@@ -163,7 +201,7 @@ def _add_pattern(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text", help=f"for gradients and inputs: {', '.join(NAMED)}, or a file; default: own text"
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     command.add_argument("--dtype", default="auto", help="dtype to load the weights in")
 
 

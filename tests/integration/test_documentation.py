@@ -1,0 +1,188 @@
+"""Every block of code in README and docs runs, and prints what the page says."""
+
+import io
+import json
+import re
+import shlex
+import shutil
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import yopo
+from yopo.cli import main
+from yopo.embedded import model_path
+from yopo.embedded.stories import write_text
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(file.relative_to(ROOT).with_suffix("")): file
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if "tutorials" not in file.parts and "results" not in file.parts
+}
+FENCE = re.compile(
+    r"^(?P<space> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^(?P=space)```$", re.M | re.S
+)
+INCLUDED = re.compile(r'^--8<-- "(.+?)"$', re.M)
+ELSEWHERE = "cd git hf llama-quantize make pip python torchrun".split()
+"""Commands that pages name and this test does not run: other tools, and what has its own tests."""
+TO_DENSE = ("MODEL", "llama", "meta-llama/Llama-2-7b-hf")
+"""Names of models on pages; a small one lies there."""
+
+
+def blocks_of(text, *kinds):
+    """Yield kind, code and line of each block, but for files that a page includes."""
+    for found in FENCE.finditer(text):
+        code = dedent(found["code"])
+        if found["kind"] in kinds and not INCLUDED.match(code):
+            yield found["kind"], code, text.count("\n", 0, found.start()) + 1
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Return a trained model and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_path())
+
+
+@pytest.fixture(scope="module")
+def folders(trained, tmp_path_factory):
+    """Return a folder with what pages take for granted: a model, one that was pruned, and texts."""
+    folder = tmp_path_factory.mktemp("reader")
+    model, tokenizer = trained
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    yopo.prune_checkpoint(folder / "dense", folder / "pruned", 0.3)
+    for name in ("text.txt", "stories.txt"):
+        (folder / name).write_text(write_text(5, 6000), encoding="utf-8")
+    question = {"context": "The", "choices": [" cat", " dog"], "label": 0}
+    fill_in = {"contexts": ["The cat", "The dog"], "continuation": " ran.", "label": 0}
+    questions = folder / "questions"
+    questions.mkdir()
+    for task in "piqa hellaswag arc_easy arc_challenge winogrande".split():
+        line = fill_in if task == "winogrande" else question
+        (questions / f"{task}.jsonl").write_text(f"{json.dumps(line)}\n" * 4, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(folders, tmp_path, monkeypatch):
+    """Return the function that makes a folder for a page to run in, and goes there."""
+
+    def make(text):
+        target = tmp_path / "reader"
+        shutil.copytree(folders, target)
+        for link in TO_DENSE:
+            (target / link).parent.mkdir(exist_ok=True)
+            shutil.copytree(folders / "dense", target / link)
+        if re.search(r'--output pruned\b|"dense", "pruned"|save_pretrained\("pruned"\)', text):
+            shutil.rmtree(target / "pruned")
+        monkeypatch.chdir(target)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _little_work(monkeypatch):
+    """Let every size stand for a small one: a page shows how to ask, and a test need not wait."""
+
+    def default(function, **values):
+        for name, value in values.items():
+            monkeypatch.setitem(function.__kwdefaults__, name, value)
+
+    def at_most(settings, **values):
+        checked = settings.__post_init__
+
+        def check(self):
+            checked(self)
+            for name, value in values.items():
+                object.__setattr__(self, name, min(getattr(self, name), value))
+
+        monkeypatch.setattr(settings, "__post_init__", check)
+
+    at_most(yopo.symbolic.EvolutionSettings, population=4, iterations=2, parents=2)
+    at_most(yopo.RecoverySettings, samples=16, written=16, window=32, epochs=1)
+    for function in (
+        yopo.writing.write_tokens,
+        yopo.symbolic.collect_statistics,
+        yopo.symbolic.PerplexityFitness.__init__,
+        yopo.MetricPruner.__init__,
+    ):
+        default(function, sequences=4, length=32)
+    default(yopo.evaluate, data_dir="questions")
+    default(yopo.benchmark, prompt=4, new_tokens=2, repeats=1)
+    monkeypatch.setattr(yopo.evidence, "SEQUENCES", 4)
+    monkeypatch.setattr(yopo.divergence, "_SEQUENCES", 1)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Let data sets of the hub be a few stories."""
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_, **__):
+        return datasets.Dataset.from_dict({"text": [write_text(seed, 2000) for seed in range(4)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def pages_with(kind):
+    """Return the pages that have blocks of a kind."""
+    return [page for page, file in PAGES.items() if [*blocks_of(file.read_text("utf-8"), kind)]]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p, file in PAGES.items() if "```python" in file.read_text("utf-8")]
+)
+# What the libraries beside yopo that pages show say of themselves:
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::UserWarning:yopo.*")
+def test_the_python_of_the_page_runs(page, trained, place):
+    text = PAGES[page].read_text(encoding="utf-8")
+    place(text)
+    model, tokenizer = trained
+    names = {name: deepcopy(model) for name in ("model", "dense", "other_model")}
+    names |= {"tokenizer": tokenizer, "__name__": "__main__"}
+    names["ids"] = torch.arange(8 * 64).view(8, 64) % 500 + 3
+    printed = ""
+    for kind, code, line in blocks_of(text, "python", "text"):
+        if kind == "text" and printed:
+            assert code.strip() == printed.strip(), f"{page}:{line}"
+        elif kind == "python":
+            with redirect_stdout(io.StringIO()) as stream:
+                exec(compile("\n" * line + code, str(PAGES[page]), "exec"), names)
+            printed = stream.getvalue()
+            import sys
+            import time
+
+            sys.__stderr__.write(f"{page}:{line} {time.process_time():.1f}\n")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p, file in PAGES.items() if "```bash" in file.read_text("utf-8")]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:yopo.*")
+def test_the_commands_of_the_page_run(page, place, capsys):
+    text = PAGES[page].read_text(encoding="utf-8")
+    place(text)
+    for _, code, line in blocks_of(text, "bash"):
+        for command in code.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(command, comments=True) or ["cd"]
+            if program in ELSEWHERE:
+                for argument in arguments:
+                    assert (
+                        not argument.startswith(("examples/", "benchmarks/"))
+                        or (ROOT / argument).is_file()
+                    )
+                continue
+            assert program == "yopo", f"{page}:{line}"
+            if "--output" in arguments and arguments[0] != "recover":  # lines may be alternatives
+                shutil.rmtree(arguments[arguments.index("--output") + 1], ignore_errors=True)
+            if "--tasks" in arguments and "--data-dir" not in arguments:
+                arguments += ["--data-dir", "questions"]
+            assert main(arguments) == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err}"
