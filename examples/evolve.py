@@ -4,7 +4,6 @@ A formula is judged by how far the pruned model's predictions are from the dense
 the dense model writes itself. Run again with the same folder, the search goes on where it ended.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from yopo import symbolic
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(model_path())
-folder = sys.argv[2] if len(sys.argv) > 2 else Path(tempfile.mkdtemp(), "search")
+source = model_path()  # or another folder, or a name on the hub
+folder = Path(tempfile.mkdtemp(), "search")  # name one that lasts, to go on from it later
 tokenizer = AutoTokenizer.from_pretrained(source)
 text = tokenizer(write_text(HELD_OUT_SEED, 8_000), return_tensors="pt").input_ids[0, :1024]
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -1,6 +1,5 @@
 """Prune a model without data, save it, and load it with transformers alone."""
 
-import sys
 import tempfile
 
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM
 import yopo
 from yopo.embedded import model_path
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(model_path())
+source = model_path()  # or another folder, or a name on the hub
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 pruner = yopo.PolicyPruner(ratio=0.3, seed=0).fit(model)

@@ -1,6 +1,5 @@
 """Prune a checkpoint on disk without loading it, and load the result with transformers alone."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import yopo
 from yopo.embedded import model_path
 
-source = Path(sys.argv[1]) if len(sys.argv) > 1 else model_path()
+source = model_path()  # or another folder
 
 with tempfile.TemporaryDirectory() as folder:
     dense, target = Path(folder, "dense"), Path(folder, "pruned")

@@ -5,7 +5,6 @@ multiple of 32. What happens with a width that they do not divide comes last.
 """
 
 import copy
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ INT8 = Int8WeightOnlyConfig(set_inductor_config=False)
 # The one int4 format of torchao 0.18 that a CPU can run packed.
 INT4 = PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(model_path())
+source = model_path()  # or another folder, or a name on the hub
 tokenizer = AutoTokenizer.from_pretrained(source)
 text = tokenizer(write_text(HELD_OUT_SEED, 8_000), return_tensors="pt").input_ids[0, :2048]
 prompt = tokenizer("Once there was", return_tensors="pt", return_token_type_ids=False)

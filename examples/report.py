@@ -1,6 +1,5 @@
 """Prune a checkpoint on disk, and report what became of its layers, its perplexity and its size."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import yopo
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 
-source = Path(sys.argv[1]) if len(sys.argv) > 1 else model_path()
+source = model_path()  # or another folder
 text = AutoTokenizer.from_pretrained(source)(write_text(HELD_OUT_SEED, 20_000), verbose=False)
 
 with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ for all metrics, on the dense model; without `statistics` each would collect its
 """
 
 import copy
-import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +13,7 @@ import yopo
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 
-source = sys.argv[1] if len(sys.argv) > 1 else str(model_path())
+source = model_path()  # or another folder, or a name on the hub
 tokenizer = AutoTokenizer.from_pretrained(source)
 text = tokenizer(write_text(HELD_OUT_SEED, 8_000), return_tensors="pt").input_ids[0, :1024]
 dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -1,11 +1,28 @@
+"""Examples and tutorials run, as scripts and as notebooks, and print what they say."""
+
+import io
+import re
 import runpy
 import shutil
-from contextlib import suppress
+import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "examples" / "notebooks"
+sys.path.append(str(NOTEBOOKS))
+
+from make import cells_of, notebook_of, sources  # noqa: E402
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SOURCES = dict(sources())
+TUTORIALS = {name: file for name, file in SOURCES.items() if file.suffix == ".md"}
+LISTING = re.compile(r"^```(python|text)([^\n]*)\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+\b")
 
 TOLD = {
     "compile": ["width 272, 4 layers, 1 compiled"],
@@ -23,17 +40,78 @@ TOLD = {
 }
 """What an example has to print, where that says more than that it came to its end."""
 
+# What the libraries beside yopo that examples show say of themselves:
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
+
+
+def run_script(path):
+    with suppress(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def run_cells(name):
+    """Run the cells of a notebook in one namespace."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    names = {"__name__": "__main__"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, cell.id, "exec"), names)
+
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-# What the libraries beside yopo that examples show say of themselves:
-@pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 def test_the_example_runs(path, monkeypatch, capsys):
+    """As a notebook, where there is one: its code is that of the script."""
     if path.stem == "compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     monkeypatch.setattr("sys.argv", [str(path)])
-    with suppress(SystemExit):
-        runpy.run_path(str(path), run_name="__main__")
+    if path.stem in SOURCES:
+        run_cells(path.stem)
+    else:
+        run_script(path)
     told = capsys.readouterr().out
     assert told
     for line in TOLD.get(path.stem, []):
         assert line in told
+
+
+def test_notebooks_are_made_of_what_they_show():
+    """Else run `python examples/notebooks/make.py`."""
+    assert {file.stem for file in NOTEBOOKS.glob("*.ipynb")} == SOURCES.keys()
+    for name, source in SOURCES.items():
+        made = notebook_of(source)
+        assert (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8") == made, name
+        nbformat.validate(nbformat.reads(made, as_version=4))
+
+
+def test_the_code_of_a_notebook_is_that_of_the_script():
+    for name in SOURCES.keys() - TUTORIALS.keys():
+        script = SOURCES[name].read_text(encoding="utf-8").partition('\n"""\n')
+        script = (script[2] or SOURCES[name].read_text(encoding="utf-8").partition("\n")[2]).split()
+        code = "\n".join(text for kind, text in cells_of(SOURCES[name]) if kind == "code")
+        assert code.split() == script, name
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_the_tutorial_prints_what_it_says(name, tmp_path, monkeypatch):
+    """But where it says "for example"; processors round differently, so figures may be 3 % off."""
+    monkeypatch.chdir(tmp_path)
+    names, printed = {"__name__": "__main__"}, ""
+    for kind, told, text in LISTING.findall(TUTORIALS[name].read_text(encoding="utf-8")):
+        if kind == "python":
+            with redirect_stdout(io.StringIO()) as stream:
+                exec(compile(text, name, "exec"), names)
+            printed = stream.getvalue().strip()
+        elif "for example" in told:
+            assert len(printed.splitlines()) == len(text.splitlines())
+        else:
+            assert NUMBER.sub("#", printed) == NUMBER.sub("#", text)
+            figures = [[*map(float, NUMBER.findall(one))] for one in (printed, text)]
+            assert figures[0] == pytest.approx(figures[1], rel=0.03)
+
+
+def test_a_notebook_runs_in_a_kernel_of_its_own(tmp_path):
+    notebook = nbformat.read(NOTEBOOKS / "prune_from_disk.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    last = notebook.cells[-1].outputs[-1].text
+    assert last == "272 rows, finite: True\n"
