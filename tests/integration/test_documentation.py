@@ -1,5 +1,7 @@
 """Every block of code in README and docs runs, and prints what the page says."""
 
+import ast
+import inspect
 import io
 import json
 import re
@@ -7,6 +9,7 @@ import shlex
 import shutil
 from contextlib import redirect_stdout
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from textwrap import dedent
 
@@ -186,3 +189,59 @@ def test_the_commands_of_the_page_run(page, place, capsys):
             if "--tasks" in arguments and "--data-dir" not in arguments:
                 arguments += ["--data-dir", "questions"]
             assert main(arguments) == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err}"
+
+
+def public_names():
+    """Yield every public name with what it stands for, as the reference writes it."""
+    for place, module in {
+        "yopo": yopo,
+        "yopo.criteria": yopo.criteria,
+        "yopo.plots": yopo.plots,
+        "yopo.symbolic": yopo.symbolic,
+    }.items():
+        names = getattr(module, "__all__", ("row_norm", "norm_product", "random_rows"))
+        for name in names:
+            thing = getattr(module, name)
+            if not inspect.ismodule(thing) and name not in ("MetricPruner", "Target"):
+                yield f"{place}.{name}", thing
+    yield "yopo.MetricPruner", yopo.MetricPruner
+
+
+def test_every_public_name_has_one_place_in_the_reference():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    told = re.findall(r"^::: (\S+)$", "\n".join(p.read_text("utf-8") for p in pages), re.MULTILINE)
+    assert sorted(told) == sorted(dict(public_names()))
+
+
+def test_every_page_has_an_example():
+    for page, file in PAGES.items():
+        kinds = ("python", "bash") if "how-to" in page else ("python",)
+        text = file.read_text(encoding="utf-8")
+        if "how-to" in page or "\n::: " in text:
+            assert [*blocks_of(text, *kinds)] or "\n--8<-- " in text, page
+
+
+def texts_of(tree):
+    """Yield the texts that code is made of, with … where a value is put in."""
+    for node in ast.walk(tree):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        yield "".join(str(getattr(part, "value", "")) if is_text(part) else "…" for part in parts)
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_every_error_that_a_page_explains_is_a_real_one():
+    """The first cells of tables that are headed "error"; what differs from case to case is …"""
+    sources = Path(yopo.__file__).parent.rglob("*.py")
+    real = [*chain.from_iterable(texts_of(ast.parse(file.read_text("utf-8"))) for file in sources)]
+    explained = 0
+    for page, file in PAGES.items():
+        for table in file.read_text(encoding="utf-8").split("\n| error |")[1:]:
+            for quoted in re.findall(r'^\| "(.+?)" \|', table.partition("\n\n")[0], re.MULTILINE):
+                parts = [part.strip(" .,") for part in quoted.split("…") if part.strip(" .,")]
+                found = any(all(part in text for part in parts) for text in real)
+                assert found, f"{page}: {quoted}"
+                explained += 1
+    assert explained > 10
