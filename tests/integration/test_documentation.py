@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yopo
+from yopo.adapters.layouts import LAYOUTS
 from yopo.cli import main
 from yopo.embedded import model_path
 from yopo.embedded.stories import write_text
@@ -121,6 +122,14 @@ def _little_work(monkeypatch):
     default(yopo.benchmark, prompt=4, new_tokens=2, repeats=1)
     monkeypatch.setattr(yopo.evidence, "SEQUENCES", 4)
     monkeypatch.setattr(yopo.divergence, "_SEQUENCES", 1)
+
+
+@pytest.fixture(autouse=True)
+def _layouts_as_they_were():
+    """Forget the architectures that pages register."""
+    before = [*LAYOUTS]
+    yield
+    LAYOUTS[:] = before
 
 
 @pytest.fixture(autouse=True)
