@@ -90,7 +90,7 @@ def prune_checkpoint(
         OSError: If there is no such model, or the disk is full.
 
     Example:
-        >>> plan = yopo.prune_checkpoint("llama", "llama-pruned", 0.3)  # doctest: +SKIP
+        >>> plan = yopo.prune_checkpoint("llama", "llama-smaller", 0.3)
     """
     layers = lasting(layers)
     call = written_call(

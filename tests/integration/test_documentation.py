@@ -1,6 +1,7 @@
 """Every block of code in README and docs runs, and prints what the page says."""
 
 import ast
+import doctest
 import inspect
 import io
 import json
@@ -72,6 +73,19 @@ def folders(trained, tmp_path_factory):
         line = fill_in if task == "winogrande" else question
         (questions / f"{task}.jsonl").write_text(f"{json.dumps(line)}\n" * 4, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def reader(trained):
+    """Return the function that makes the names which pages take for granted."""
+
+    def make():
+        model, tokenizer = trained
+        models = {name: deepcopy(model) for name in ("model", "dense", "other_model")}
+        ids = torch.arange(8 * 64).view(8, 64) % 500 + 3
+        return models | {"tokenizer": tokenizer, "ids": ids, "__name__": "__main__"}
+
+    return make
 
 
 @pytest.fixture
@@ -154,14 +168,10 @@ def pages_with(kind):
 # What the libraries beside yopo that pages show say of themselves:
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 @pytest.mark.filterwarnings("ignore::UserWarning:yopo.*")
-def test_the_python_of_the_page_runs(page, trained, place):
+def test_the_python_of_the_page_runs(page, reader, place):
     text = PAGES[page].read_text(encoding="utf-8")
     place(text)
-    model, tokenizer = trained
-    names = {name: deepcopy(model) for name in ("model", "dense", "other_model")}
-    names |= {"tokenizer": tokenizer, "__name__": "__main__"}
-    names["ids"] = torch.arange(8 * 64).view(8, 64) % 500 + 3
-    printed = ""
+    names, printed = reader(), ""
     for kind, code, line in blocks_of(text, "python", "text"):
         if kind == "text" and printed:
             assert code.strip() == printed.strip(), f"{page}:{line}"
@@ -214,6 +224,38 @@ def public_names():
             if not inspect.ismodule(thing) and name not in ("MetricPruner", "Target"):
                 yield f"{place}.{name}", thing
     yield "yopo.MetricPruner", yopo.MetricPruner
+
+
+def documented():
+    """Yield every public name and method whose docstring has an example, with that docstring."""
+    for name, thing in public_names():
+        members = vars(thing).items() if inspect.isclass(thing) else ()
+        for key, member in [("", thing), *members]:
+            text = inspect.getdoc(getattr(member, "__func__", member)) or ""
+            if ">>>" in text and not key.startswith("_"):
+                yield f"{name}.{key}".removesuffix("."), text
+
+
+class Checker(doctest.OutputChecker):
+    """Compares with what an example says it prints, if it says so."""
+
+    def check_output(self, want, got, optionflags):
+        """Tell whether an example has printed what it says."""
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.mark.parametrize("name", dict(documented()))
+def test_the_example_of_the_docstring_runs(name, reader, place):
+    place("")
+    shutil.move("pruned", "llama-pruned")
+    names = {full.rpartition(".")[2]: thing for full, thing in public_names()}
+    names |= reader() | {"yopo": yopo, "torch": torch}
+    names["pruner"] = yopo.PolicyPruner.lean().fit(names["model"])
+    test = doctest.DocTestParser().get_doctest(dict(documented())[name], names, name, None, None)
+    told = io.StringIO()
+    runner = doctest.DocTestRunner(Checker(), verbose=False)
+    runner.run(test, out=told.write)
+    assert not runner.failures, told.getvalue()
 
 
 def test_every_public_name_has_one_place_in_the_reference():

@@ -77,8 +77,10 @@ def evolve(
         YopoError: If no expression of the first population has a finite fitness, or a worker dies.
 
     Example:
-        >>> evolution = yopo.symbolic.evolve(fitness, folder="search")  # doctest: +SKIP
-        >>> print(evolution.expression, evolution.best.fitness)  # doctest: +SKIP
+        >>> fitness = yopo.symbolic.DivergenceFitness(model, 0.3)
+        >>> terminals = yopo.symbolic.ROW_TERMINALS
+        >>> evolution = yopo.symbolic.evolve(fitness, terminals=terminals, folder="search")
+        >>> print(evolution.expression, evolution.best.fitness)
     """
     from transformers.utils.logging import tqdm
 

@@ -45,6 +45,7 @@ def random_expression(
             probability of a half at each further node.
 
     Example:
+        >>> import random
         >>> rng = random.Random(0)
         >>> tree = yopo.symbolic.random_expression(rng, terminals=("W", "G"), max_depth=3)
     """

@@ -106,11 +106,16 @@ class Evolution:
     def family_tree(self) -> str:
         """Return the ancestors of the best expression as indented text, each once in full.
 
-        Example:
-            >>> print(evolution.family_tree())  # doctest: +SKIP
+        Of a metric of weights it may read
+
             #61 6.881: mul(sqr(W), mms(G)), by mutation in iteration 12
               #40 6.954: mul(W, mms(G)), at random
               #17 7.262: sqr(W), at random
+
+        Example:
+            >>> fitness = yopo.symbolic.SpectralFitness(model, 0.3)
+            >>> evolution = yopo.symbolic.evolve(fitness, terminals=yopo.symbolic.ROW_TERMINALS)
+            >>> print(evolution.family_tree())
         """
         lines = []
         shown: set[int] = set()
