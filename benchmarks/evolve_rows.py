@@ -6,7 +6,7 @@
     python benchmarks/evolve_rows.py --folder searches    goes on where a killed run has ended
     python benchmarks/evolve_rows.py --models opt-s       measures on one; rows of the others stay
 
-Writes results/evolve_rows.json and .md. Two searches run on one model at one ratio: by the
+Writes docs/results/evolve_rows.json and .md. Two searches run on one model at one ratio: by the
 divergence of its predictions on text that it writes itself, and by the distance between singular
 values. Beside each runs a random search with as many evaluations. What they find is compared with
 criteria made by hand, in perplexity on real text, on that model and on the others. All methods keep
@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 
 from common import RESULTS, Subject, keep_result, kept_rows, machine, quiet, subjects
 from methods import SEEDS, Method, Workbench, by_criterion, ours, step
-from searches import described, search_parser, told_of
+from searches import command_of, described, measured_by, search_parser, told_of
 from yopo import criteria
 from yopo.report import format_table
 from yopo.symbolic.evolution import EvolutionSettings, evolve
@@ -166,7 +166,7 @@ def page(rows: list[Row]) -> str:
     first = next(row for row in rows if row["row"] == "search")
     told = __doc__.split("\n\n")[2].strip().partition(". ")[2]  # but for where it is written
     lines = ["# Formulas of rows that evolve without data", "", told]
-    lines += ["", f"Measured with {first['machine']}.", "", "## What the searches found", ""]
+    lines += ["", measured_by(first), "", "## What the searches found", ""]
     lines += [_told_search(row) for row in rows if row["row"] == "search"]
     lines += [_told_correlation(row) for row in rows if row["row"] == "correlation"]
     lines += ["", "## Is it better elsewhere?", "", *_verdict(rows, first["model"])]
@@ -277,7 +277,9 @@ def _arguments() -> argparse.Namespace:
     parser = search_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=0.3, help="the ratio to evolve at")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.command = command_of(NAME, parser, arguments)
+    return arguments
 
 
 def main() -> None:
@@ -295,7 +297,8 @@ def main() -> None:
     names, formulas = {"divergence": EVOLVED, "spectrum": FOUND[2]}, dict[str, Expression]()
     rows: list[Row] = []
     for found, row in searches(home, arguments):
-        rows.append(row | {"machine": machine(torch.device("cpu"), shared=True)})
+        where = machine(torch.device("cpu"), shared=True)
+        rows.append(row | {"machine": where, "command": arguments.command})
         print(row, flush=True)
         formulas[names[row["fitness"]]] = found.expression
         if row["fitness"] == "divergence":

@@ -6,9 +6,9 @@
     python benchmarks/metrics.py --folder searches    goes on where a killed run has ended
     python benchmarks/metrics.py --models opt-s       measures on one; rows of the others stay
 
-Writes results/metrics.json and .md, and a plot of the search. Formulas evolve as Pruner-Zero's did,
-by the perplexity of one model at a sparsity of 50 %, on real text that is neither that of their
-statistics nor that of the tables; beside the evolution runs a random search with as many
+Writes docs/results/metrics.json and .md, and a plot of the search. Formulas evolve as Pruner-Zero's
+did, by the perplexity of one model at a sparsity of 50 %, on real text that is neither that of
+their statistics nor that of the tables; beside the evolution runs a random search with as many
 evaluations. Then every metric prunes every model, layer by layer, by statistics on real text
 ("calibrated") and on text that the model writes itself ("no data"): 64 windows of 256 tokens each.
 Cells show perplexity on held-out text, and in brackets the excess log-perplexity over dense.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, machine, quiet, subjects
-from searches import described, search_parser, told_of
+from searches import command_of, described, measured_by, search_parser, told_of
 from yopo import MetricPruner
 from yopo.plots import plot_evolution
 from yopo.report import format_table
@@ -78,6 +78,7 @@ def search(subject: Subject, arguments: argparse.Namespace) -> tuple[Evolution, 
         "random": described(min(found.random, key=lambda each: each.fitness)),
         "named": named,
         "machine": machine(torch.device("cpu"), shared=True),
+        "command": arguments.command,
     }
     return found, row
 
@@ -97,7 +98,8 @@ def measure(subject: Subject, metrics: dict[str, str], cases: list[str]) -> list
                 continue  # it looks at weights alone
             for case in cases:
                 sparsity, pattern = CASES[case]
-                pruner = MetricPruner(metric, statistics=statistics, **settings)
+                known = None if name == "sparsegpt" else statistics
+                pruner = MetricPruner(metric, statistics=known, **settings)
                 model = pruner.prune(subject.load(), sparsity, pattern=pattern)
                 value = subject.perplexity(model)
                 rows.append(
@@ -119,8 +121,9 @@ def measure(subject: Subject, metrics: dict[str, str], cases: list[str]) -> list
 def page(rows: list[Row]) -> str:
     """Return the page: what was found, and all figures."""
     found = next(row for row in rows if row["row"] == "search")
-    lines = ["# Symbolic metrics of weights", "", __doc__.split("\n\n")[2].strip(), ""]
-    lines += [f"Measured with {found['machine']}.", "", "## What the search found", ""]
+    told = __doc__.split("\n\n")[2].strip().partition(". ")[2]  # but for where it is written
+    lines = ["# Symbolic metrics of weights", "", told, "", measured_by(found)]
+    lines += ["", "## What the search found", ""]
     lines += [_told_search(found), "", "![The search](metrics.svg)"]
     for model in dict.fromkeys(row["model"] for row in rows if row["row"] == "perplexity"):
         own = [row for row in rows if row["row"] == "perplexity" and row["model"] == model]
@@ -165,7 +168,9 @@ def _table(rows: list[Row]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = search_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.command = command_of(NAME, parser, arguments)
+    return arguments
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What the benchmarks share that evolve symbolic metrics."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,29 @@ def search_parser(told: str) -> argparse.ArgumentParser:
     return parser
 
 
+def command_of(name: str, parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """Return the command that makes all figures at once.
+
+    Args:
+        name: Of the benchmark.
+        parser: What knows the defaults.
+        arguments: What it was told this time, of which some say how the work goes on, and no more.
+    """
+    told = ["python", f"benchmarks/{name}.py"]
+    for key, value in vars(arguments).items():
+        if key not in ("workers", "folder", "models") and value != parser.get_default(key):
+            told += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(told)
+
+
 def described(candidate: Candidate) -> dict[str, Any]:
     """Return an expression and its fitness, as results hold them."""
     return {"expression": str(candidate.expression), "fitness": candidate.fitness}
+
+
+def measured_by(row: dict[str, Any]) -> str:
+    """Return where and by which command the figures beside a search were measured."""
+    return f"Measured with {row['machine']}, by `{row['command']}`."
 
 
 def told_of(row: dict[str, Any], decimals: int) -> str:

@@ -66,9 +66,14 @@ def plan_by_criterion(
 
 def _scores(criterion: Criterion, ffn: Ffn) -> Tensor:
     scores_F = criterion(ffn)
-    if not isinstance(scores_F, Tensor) or scores_F.shape != (ffn.rows,) or scores_F.isnan().any():
-        raise InvalidArgumentError(
-            f"`criterion` must return one score, no NaN, for each of the {ffn.rows} rows of "
-            f"`{ffn.name}`, got {scores_F!r}."
-        )
-    return scores_F
+    if not isinstance(scores_F, Tensor):
+        told = f"a {type(scores_F).__name__}"
+    elif scores_F.shape != (ffn.rows,) or scores_F.isnan().any():
+        has_nan = " with NaN" if scores_F.isnan().any() else ""
+        told = f"{scores_F.dtype} of shape {tuple(scores_F.shape)}{has_nan}"
+    else:
+        return scores_F
+    raise InvalidArgumentError(
+        f"`criterion` must return one score, no NaN, for each of the {ffn.rows} rows of "
+        f"`{ffn.name}`, got {told}."
+    )

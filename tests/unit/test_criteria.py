@@ -80,14 +80,20 @@ def test_any_function_of_an_ffn_is_a_criterion(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "scores",
-    [torch.ones(79), torch.ones(80, 1), torch.full((80,), torch.nan), [1.0] * 80],
+    ("scores", "told"),
+    [
+        (torch.ones(79), r"torch\.float32 of shape \(79,\)\."),
+        (torch.ones(80, 1), r"torch\.float32 of shape \(80, 1\)\."),
+        (torch.full((80,), torch.nan), r"torch\.float32 of shape \(80,\) with NaN\."),
+        ([1.0] * 80, r"a list\."),
+    ],
     ids=["too few", "a matrix", "nan", "a list"],
 )
-def test_a_criterion_that_gives_no_score_for_each_row_is_refused(tiny_llama, scores):
+def test_a_criterion_that_gives_no_score_for_each_row_is_refused(tiny_llama, scores, told):
     with pytest.raises(
         InvalidArgumentError,
-        match=r"`criterion` must return one score, no NaN, for each of the 80 rows of `model\.lay",
+        match=r"`criterion` must return one score, no NaN, for each of the 80 rows of "
+        rf"`model\.layers\.0\.mlp`, got {told}$",
     ):
         plan_by_criterion(tiny_llama(), 0.5, criterion=lambda ffn: scores)
 

@@ -317,6 +317,8 @@ def test_settings_out_of_range_are_refused(name, value, told):
         ({"terminals": ("W", "W")}, "`terminals` names a terminal twice: W, W"),
         ({"terminals": ()}, "`terminals` is empty"),
         ({"terminals": "WGX"}, "`terminals` must be several names"),
+        ({"fitness": 3}, "`fitness` must be a function from an expression to a number, got 3"),
+        ({"settings": {"population": 9}}, "`settings` must be `EvolutionSettings`, got {'popul"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0"),
         ({"workers": 0}, "`workers` must be a whole number of at least 1"),
         (
@@ -328,7 +330,7 @@ def test_settings_out_of_range_are_refused(name, value, told):
 def test_arguments_out_of_range_are_refused_before_anything_is_measured(arguments, told, tmp_path):
     fitness = Distance()
     with pytest.raises(InvalidArgumentError, match=told):
-        evolve(fitness, folder=tmp_path / "search", **arguments)
+        evolve(**{"fitness": fitness, "folder": tmp_path / "search"} | arguments)
     assert fitness.measured == []
     assert not (tmp_path / "search").exists()
 

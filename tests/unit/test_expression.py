@@ -130,6 +130,7 @@ def test_a_text_that_is_no_expression_is_refused_at_the_place(text, told):
         ({"data": "abs", "left": {"data": "abs", "left": 1}}, "name at `left.left`"),
         ({"data": "abs", "right": {"data": "W"}}, 'a `"right"` without a `"left"` at the root'),
         ({"data": "W", "value": 1}, "an unknown key 'value' at the root"),
+        ({"data": "W", "value": 1, 2: 3}, "an unknown key 2 at the root"),
         ({"data": "mul", "left": {"data": "W"}}, "`mul` takes 2 operands, got 1 at the root"),
     ],
 )
@@ -142,6 +143,31 @@ def test_json_that_is_no_expression_is_refused_at_the_place(document, told):
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(YopoError, match="best_tree"):
         Expression.from_json(tmp_path / "best_tree.json")
+
+
+def test_a_file_that_is_no_json_is_told(tmp_path):
+    (tmp_path / "best_tree.json").write_text("mul(W, G)")
+    with pytest.raises(InvalidArgumentError, match=r"best_tree\.json` cannot be read: Expecting"):
+        Expression.from_json(tmp_path / "best_tree.json")
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(InvalidArgumentError, match="`text` must be a string, got None"):
+        Expression.parse(None)
+
+
+@pytest.mark.parametrize("operands", [("W",), "W", None, Expression("W"), 3])
+def test_operands_that_are_no_expressions_are_refused(operands):
+    with pytest.raises(InvalidArgumentError, match="`operands` must be a tuple of expressions"):
+        Expression("abs", operands)
+
+
+def test_operands_in_a_list_make_the_same_tree():
+    operands = [Expression("W"), Expression("G")]
+    metric = Expression("mul", operands)
+    operands.clear()
+    assert metric == Expression.parse("mul(W, G)")
+    assert hash(metric) == hash(Expression.parse("mul(W, G)"))
 
 
 def test_trees_are_checked_however_they_are_made():

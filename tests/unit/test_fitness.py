@@ -65,6 +65,16 @@ def test_the_fingerprint_tells_searches_apart(model, statistics):
     assert len(prints) == 4
 
 
+def test_statistics_of_other_texts_make_another_search(model):
+    own, again, another = (
+        PerplexityFitness(
+            model, collect_statistics(model, terminals=["X"], data=ids), data=TEST
+        ).fingerprint
+        for ids in (IDS, IDS, IDS.flip(1))
+    )
+    assert own == again != another
+
+
 def test_a_pickled_fitness_measures_the_same(model, statistics):
     fitness = PerplexityFitness(model, statistics, data=TEST)
     other = pickle.loads(pickle.dumps(fitness))
@@ -82,11 +92,41 @@ def test_metrics_can_be_evolved_by_it_with_no_data_at_all(model):
     assert found.best.fitness == fitness(found.expression) < math.inf
 
 
+def test_a_search_over_terminals_that_were_not_collected_is_refused_at_once(model):
+    statistics = collect_statistics(model, terminals=["G"], data=IDS)
+    fitness = PerplexityFitness(model, statistics, data=TEST)
+    for use in (fitness, fitness.signature):
+        with pytest.raises(InvalidArgumentError, match=r"`mul\(W, X\)` needs X of .* only G, W\."):
+            use(Expression.parse("mul(W, X)"))
+    settings = EvolutionSettings(population=8, iterations=0, random_search=False)
+    with pytest.raises(InvalidArgumentError, match=r"needs X of .* only G, W\."):
+        evolve(fitness, settings=settings)
+    found = evolve(fitness, settings=settings, terminals=("W", "G"))
+    assert len(found.history) == 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [(torch.Tensor.zero_, "up_proj.weight` is zero everywhere"), (None, "needs X of .*up_proj")],
+)
+def test_what_one_matrix_lacks_is_told_and_not_taken_for_bad_formulas(tiny_llama, damage, told):
+    model = tiny_llama(num_hidden_layers=4)
+    statistics = collect_statistics(model, terminals=["X"], data=IDS)
+    lacking = statistics.activations.pop("model.layers.1.mlp.up_proj.weight")
+    if damage is not None:
+        statistics.activations["model.layers.1.mlp.up_proj.weight"] = damage(lacking)
+    fitness = PerplexityFitness(model, statistics, data=TEST)
+    with pytest.raises(InvalidArgumentError, match=told):
+        fitness.signature(Expression.parse("mul(W, X)"))
+
+
 def test_what_does_not_fit_is_told(model, statistics, tiny_llama):
     with pytest.raises(InvalidArgumentError, match="a model with other weights"):
         PerplexityFitness(tiny_llama(seed=1), statistics)
     with pytest.raises(InvalidArgumentError, match="groups of 5 do not divide"):
         PerplexityFitness(model, statistics, pattern="2:5")
+    with pytest.raises(InvalidArgumentError, match=r"`statistics` must be .*, got a dict"):
+        PerplexityFitness(model, {})
     fitness = PerplexityFitness(model, statistics, data=TEST)
     with pytest.raises(InvalidArgumentError, match="looks at `gate` of an FFN"):
         fitness(Expression.parse("gate"))

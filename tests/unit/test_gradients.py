@@ -98,6 +98,14 @@ def test_a_model_without_next_tokens_is_refused(tiny_llama):
         read_gradients(model.model, parameters_of(model), {"input_ids": IDS})
 
 
+def test_a_model_whose_loss_has_no_gradients_is_refused(tiny_llama):
+    """Reformer's is computed by a function that hides from torch which weights it uses."""
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda *call: call[-1].detach())
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes .* without G"):
+        read_gradients(model, parameters_of(model), {"input_ids": IDS})
+
+
 def test_gradients_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama()
     model.lm_head.weight.data[5] = torch.inf

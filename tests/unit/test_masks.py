@@ -101,6 +101,10 @@ def test_many_rows_are_ranked_in_portions(monkeypatch):
         ("4:4", None, '"N:M" with 1 ≤ N < M'),
         ("0:4", None, '"N:M" with 1 ≤ N < M'),
         ("dense", None, "got 'dense'"),
+        (None, None, "got None"),
+        ((2, 4), None, r"got \(2, 4\)"),
+        ("unstructured", "0.5", r"`sparsity` must be in \[0, 1\), got '0.5'"),
+        ("unstructured", torch.tensor(0.5), r"`sparsity` must be in \[0, 1\), got tensor"),
         ("1:4", 0.5, "`pattern='1:4'` makes a sparsity of 0.75, got `sparsity=0.5`"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 
 from conftest import CONFIGS
+from tiny_models import SIZES, tiny_of
 from yopo import UnsupportedModelError
 from yopo.symbolic.matrices import find_blocks
 
@@ -53,6 +55,45 @@ def test_matrices_lie_in_the_model_and_each_weight_is_in_one(tiny_model, kind):
         "_bias",
     )
     assert all(any(part in name for part in known) for name in left_out), left_out
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("SiglipModel", "vision_model.head.mlp"),
+        ("Gemma3ForConditionalGeneration", "model.vision_tower.head.mlp"),
+        ("Idefics2Model", "connector.modality_projection"),
+    ],
+)
+def test_an_ffn_outside_the_lists_of_layers_is_a_layer_of_its_own(name, beside):
+    model = tiny_of(getattr(transformers, name), sizes=SIZES["few"])
+    blocks = find_blocks(model)
+    (own,) = (block for block in blocks if block.name == beside)
+    assert {matrix.key.rpartition(".")[0].rpartition(".")[0] for matrix in own.matrices} == {beside}
+    matrices = [matrix for block in blocks for matrix in block.matrices]
+    assert len({matrix.place for matrix in matrices}) == len(matrices)
+    assert not any(
+        part in matrix.name for matrix in matrices for part in ("embed", "lm_head", "merger")
+    )
+
+
+def test_a_matrix_that_layers_share_is_in_the_first_of_them():
+    model = tiny_of(transformers.Zamba2ForCausalLM)
+    first, *_, last = (block for block in find_blocks(model) if len(block.matrices) > 2)
+    shared = "model.layers.1.shared_transformer.self_attn.q_proj.weight"
+    assert shared in {matrix.name for matrix in first.matrices}
+    places = [{matrix.place for matrix in block.matrices} for block in (first, last)]
+    assert not set.intersection(*places)
+
+
+def test_attentions_in_a_list_beside_that_of_the_ffns_are_layers_too():
+    found = find_blocks(tiny_of(transformers.XLMModel, sizes=SIZES["few"]))
+    assert [(block.name, len(block.matrices)) for block in found] == [
+        ("attentions.0", 4),
+        ("attentions.1", 4),
+        ("ffns.0", 2),
+        ("ffns.1", 2),
+    ]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

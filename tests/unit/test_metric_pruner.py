@@ -8,8 +8,9 @@ import torch
 
 import yopo
 from yopo import InvalidArgumentError, MetricPruner, UnsupportedModelError
-from yopo.symbolic import Expression, collect_statistics, sparsity_of
+from yopo.symbolic import Expression, Statistics, collect_statistics, sparsity_of
 from yopo.symbolic.matrices import find_blocks
+from yopo.symbolic.undo import put_back_on_error
 from yopo.writing import write_tokens
 
 IDS = torch.arange(320).view(20, 16) * 7 % 60 + 3
@@ -193,6 +194,21 @@ def test_what_cannot_be_finished_is_undone(tiny_llama, monkeypatch, metric, erro
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_weight_that_was_changed_twice_is_as_before_the_first():
+    weight = torch.tensor([1.0, 2.0, 0.0, 4.0])
+
+    def spoil(news):
+        with put_back_on_error() as change:
+            for new in news:
+                change(weight, torch.tensor(new))
+            raise KeyboardInterrupt
+
+    for second in ([0.0, 0.0, 0.0, 4.0], [3.0, 0.0, 5.0, 6.0]):
+        with pytest.raises(KeyboardInterrupt):
+            spoil([[0.0, 2.0, 0.0, 4.0], second])
+        assert weight.tolist() == [1.0, 2.0, 0.0, 4.0]
+
+
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "qwen2_moe", "gpt_oss", "phi3"])
 def test_rows_are_removed_by_the_sum_of_their_scores(tiny_model, kind):
     model = tiny_model(kind)
@@ -239,9 +255,18 @@ def test_a_structured_model_is_smaller_and_the_others_are_not(tiny_llama):
             {"sparsity": 0.3, "structured": True},
             "`gate_norm` is of FFN rows",
         ),
-        ({"metric": "add(gate, W)"}, {"sparsity": 0.3, "structured": True}, "`W`"),
+        (
+            {"metric": "add(gate, W)"},
+            {"sparsity": 0.3, "structured": True},
+            "`W` is no terminal of rows.* cannot be mixed",
+        ),
         ({"metric": "sub(W, W)"}, {"sparsity": 0.3}, "the same score"),
-        ({"sequences": 0}, {}, "`sequences` must be at least 1"),
+        ({"metric": "add(gate, W)"}, {"sparsity": 0.3}, "`structured=True` with .* rows alone"),
+        ({"sequences": 0}, {}, "`sequences` must be a whole number of at least 1"),
+        ({"statistics": "folder"}, {}, r"`statistics` must be .*Statistics\.load.*, got a str"),
+        ({"statistics": {}}, {}, "`statistics` must be .*, got a dict"),
+        ({"metric": "sparsegpt", "sequential": False}, {}, "SparseGPT .* `sequential=False`"),
+        ({"metric": "sparsegpt", "statistics": Statistics({}, {})}, {}, "SparseGPT .*`statistics`"),
         ({"data": "text"}, {}, "`tokenizer` is needed"),
     ],
 )
@@ -262,15 +287,15 @@ def test_statistics_of_another_model_are_refused(tiny_llama):
 
 
 def test_layers_that_no_token_reaches_are_told(tiny_llama, monkeypatch):
-    from yopo.symbolic import metric_pruner
+    from yopo.symbolic import passes
 
     def first_alone(model, blocks, inputs):
         layers = walk(model, blocks, inputs)
         yield next(layers)
         layers.close()
 
-    walk = metric_pruner.walk_blocks
-    monkeypatch.setattr(metric_pruner, "walk_blocks", first_alone)
+    walk = passes.walk_blocks
+    monkeypatch.setattr(passes, "walk_blocks", first_alone)
     model = tiny_llama()
     before = state_of(model)
     with pytest.raises(UnsupportedModelError, match=r"no token reaches `model.layers.1`"):

@@ -74,13 +74,15 @@ def test_rows_that_nothing_tells_apart_are_no_fault_of_the_metric():
 
 def test_a_matrix_that_no_text_reaches_is_told():
     nothing = TERMINALS | {"G": torch.zeros(2, 4)}
-    with pytest.raises(InvalidArgumentError, match="G of `w` is zero everywhere"):
+    told = "G of `w` is zero everywhere.*Pass more `data`, or `sequential=False` where layers share"
+    with pytest.raises(InvalidArgumentError, match=told):
         scores_of(MATRIX, Expression.parse("mul(W, G)"), nothing, primitives="safe")
     scores_of(MATRIX, Expression("W"), nothing, primitives="safe")
 
 
 def test_a_missing_terminal_is_told():
-    with pytest.raises(InvalidArgumentError, match="needs `X`, and there is only W"):
+    told = r"`mul\(W, X\)` needs X of `w`, and there is only W\."
+    with pytest.raises(InvalidArgumentError, match=told):
         scores_of(MATRIX, Expression.parse("mul(W, X)"), {"W": WEIGHT}, primitives="safe")
 
 

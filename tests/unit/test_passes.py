@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
+import transformers
 
+from tiny_models import SIZES, tiny_of
 from yopo.symbolic.matrices import find_blocks
 from yopo.symbolic.passes import batches_of, walk_blocks
 
@@ -68,6 +70,20 @@ def test_what_is_done_to_a_layer_is_seen_by_those_behind_it(tiny_model, kind):
         for each in (block, known[number]):
             for matrix in each.matrices:
                 matrix.weight.mul_(0.5)
+
+
+def test_a_cache_that_a_model_insists_on_does_not_grow_when_a_layer_runs_again():
+    """XLM hands one to its attentions, whatever it is told."""
+    model = tiny_of(transformers.XLMWithLMHeadModel, sizes=SIZES["few"])
+    blocks, inputs = find_blocks(model), inputs_for(model, sequences=2)
+    expected = inputs_seen(model, blocks, lambda: dense_pass(model, inputs))
+    visited = []
+    for block, run in walk_blocks(model, blocks, inputs):
+        run()
+        (found,) = inputs_seen(model, [block], run).values()
+        torch.testing.assert_close(found, expected[block.name])
+        visited.append(block.name.removeprefix("transformer."))
+    assert visited == ["attentions.0", "ffns.0", "attentions.1", "ffns.1"]
 
 
 def passes_alive():

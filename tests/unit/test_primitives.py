@@ -78,6 +78,13 @@ def test_constant_operands_are_no_reason_to_divide_by_zero():
     assert PRIMITIVES["div"].safe(constant, torch.zeros(3, 4)).isfinite().all()
 
 
+def test_a_range_wider_than_float32_is_no_reason_to_overflow():
+    a = torch.finfo().max * torch.tensor([[-1.0, 0.0, 0.5, 1.0]])
+    assert PRIMITIVES["mms"].safe(a).tolist() == [[0.0, 0.5, 0.75, 1.0]]
+    tiny = torch.tensor([[0.0, 1e-45]])
+    assert PRIMITIVES["mms"].safe(tiny).tolist() == [[0.0, 1.0]]
+
+
 def test_a_norm_counts_a_row_as_often_as_it_is_spread():
     weight, row = torch.rand(5, 4), torch.rand(1, 4)
     expected = weight / torch.linalg.vector_norm(row.repeat(5, 1))

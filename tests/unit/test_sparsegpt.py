@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yopo import UnsupportedModelError
+from yopo import InvalidArgumentError, UnsupportedModelError
 from yopo.symbolic.masks import Pattern
 from yopo.symbolic.sparsegpt import sparsegpt
 
@@ -83,12 +83,24 @@ def test_the_output_changes_less_than_by_zeros_alone(pattern):
     assert error < 0.5 * error_alone
 
 
-def test_inputs_that_are_always_zero_lose_their_weights_and_nothing_breaks():
+def test_inputs_that_are_always_zero_lose_their_weights_first_and_no_more_go_than_asked_for():
     weight, x = problem()
     x[:, 3] = 0.0
     found = sparsegpt(weight, x.T @ x, Pattern.of("unstructured", 0.25), name="w")
     assert found[:, 3].eq(0).all()
+    assert int((found == 0).sum()) == found.numel() // 4
     assert found.isfinite().all()
+    x[:, :10] = 0.0
+    for pattern in ("unstructured", "2:4"):
+        found = sparsegpt(weight, x.T @ x, Pattern.of(pattern, 0.5), name="w")
+        assert int((found == 0).sum()) == found.numel() // 2
+        assert torch.equal(found[:, :8][found[:, :8] != 0], weight[:, :8][found[:, :8] != 0])
+
+
+def test_a_matrix_that_no_token_reaches_is_refused_and_not_emptied():
+    weight, x = problem()
+    with pytest.raises(InvalidArgumentError, match=r"no token reaches `w`.*Pass more `data`"):
+        sparsegpt(weight, 0 * x.T @ x, Pattern.of("2:4", None), name="w")
 
 
 def test_inputs_that_are_not_finite_are_told():

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from yopo import InvalidArgumentError, UnsupportedModelError, YopoError
+from yopo.evaluation.texts import NAMED
 from yopo.symbolic import Statistics, collect_statistics
 from yopo.symbolic.matrices import find_blocks
 
@@ -88,6 +91,9 @@ def test_statistics_of_another_model_are_told(tiny_llama, tiny_opt):
     found = collect_statistics(model, terminals=["X"], data=IDS)
     with pytest.raises(InvalidArgumentError, match="of a LlamaForCausalLM, and the model is a OPT"):
         found.check(tiny_opt())
+    by_hand = Statistics(found.gradients, found.activations)
+    with pytest.raises(InvalidArgumentError, match="do not say of which model they are"):
+        by_hand.check(model)
     changed = copy.deepcopy(model)
     changed.model.layers[0].mlp.up_proj.weight.data[3, 4] += 1e-3
     with pytest.raises(InvalidArgumentError, match="a model with other weights"):
@@ -132,6 +138,16 @@ def test_windows_are_drawn_from_a_text(tiny_llama, tmp_path):
     assert torch.equal(given.activations[name], read.activations[name])
     assert not torch.equal(given.activations[name], other.activations[name])
     assert (given.made["data"], given.made["sequences"], given.made["length"]) == ("given", 4, 16)
+    assert read.made["data"] == str(tmp_path / "text.txt")
+    assert given.made["tokens"] == read.made["tokens"] != other.made["tokens"]
+
+
+def test_texts_with_a_name_are_told_by_it(tiny_llama, monkeypatch):
+    monkeypatch.setitem(NAMED, "wikitext2", lambda _: "the quick brown fox " * 9)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=None))
+    settings = {"terminals": ["X"], "tokenizer": Letters(), "sequences": 4, "length": 16}
+    found = collect_statistics(tiny_llama(), data="wikitext2", **settings)
+    assert found.made["data"] == "wikitext2"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +155,12 @@ def test_windows_are_drawn_from_a_text(tiny_llama, tmp_path):
     [
         ({"terminals": ["Y"]}, '`terminals` must be of "G" and "X"'),
         ({"terminals": []}, '`terminals` must be of "G" and "X"'),
-        ({"sequences": 0}, "`sequences` must be at least 1"),
-        ({"length": 2}, "`length` at least 3"),
+        ({"sequences": 0}, "`sequences` must be a whole number of at least 1, got 0"),
+        ({"sequences": "a"}, "`sequences` must be a whole number of at least 1, got 'a'"),
+        ({"length": 2}, "`length` must be a whole number of at least 3"),
+        ({"length": 8.5}, "`length` must be a whole number of at least 3, got 8.5"),
+        ({"data": [[1, 2, 3]]}, '`data` must be "self", .*, got a list'),
+        ({"data": None}, '`data` must be "self", .*, got a NoneType'),
         ({"data": IDS.float()}, "`data` tokens must be int64 ids"),
         ({"data": IDS[0]}, "`data` tokens must be int64 ids"),
         ({"data": IDS + 60}, r"`data` ids must lie in \[0, 64\)"),

@@ -31,6 +31,18 @@ need no evaluation of their own, or None for one that is not worth any; and an a
 """
 
 
+def check_fitness(fitness: object) -> None:
+    """Check that what was given as `fitness` can be called.
+
+    Raises:
+        InvalidArgumentError: If it cannot.
+    """
+    if not callable(fitness):
+        raise InvalidArgumentError(
+            f"`fitness` must be a function from an expression to a number, got {fitness!r}."
+        )
+
+
 def fitness_of(fitness: Fitness, expression: Expression) -> float:
     """Return the fitness of an expression, infinite where there is no finite one.
 

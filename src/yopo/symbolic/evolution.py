@@ -19,7 +19,7 @@ from typing import Any
 from yopo.errors import InvalidArgumentError, YopoError
 from yopo.ranks import check_agreement, rank_and_count
 from yopo.symbolic.breeding import MOST_DRAWS, Breeder
-from yopo.symbolic.evaluating import Evaluator, Fitness, signature_of
+from yopo.symbolic.evaluating import Evaluator, Fitness, check_fitness, signature_of
 from yopo.symbolic.history import Candidate, Evolution
 from yopo.symbolic.search_log import SearchLog
 from yopo.symbolic.settings import (
@@ -27,6 +27,7 @@ from yopo.symbolic.settings import (
     Replacement,
     check_integer,
     check_terminals,
+    settings_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def evolve(
     """
     from transformers.utils.logging import tqdm
 
-    settings = EvolutionSettings() if settings is None else settings
+    check_fitness(fitness)
+    settings = settings_of(settings)
     terminals = check_terminals("terminals", terminals)
     if not terminals:
         raise InvalidArgumentError("`terminals` is empty: there is nothing to make expressions of.")

@@ -29,8 +29,8 @@ class Expression:
         operands: As many as the primitive takes; none for a terminal.
 
     Raises:
-        InvalidArgumentError: If the name is unknown, takes another number of operands, or the tree
-            is deeper than 50 edges.
+        InvalidArgumentError: If the name is unknown, takes another number of operands, these are
+            no expressions, or the tree is deeper than 50 edges.
 
     Example:
         >>> metric = yopo.symbolic.Expression.parse("mul(abs(mul(W, W)), mms(G))")
@@ -42,7 +42,15 @@ class Expression:
     operands: tuple["Expression", ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the name against the number of operands."""
+        """Check the operands, and the name against their number."""
+        operands: Any = self.operands
+        is_several = isinstance(operands, list | tuple)
+        if not is_several or not all(isinstance(each, Expression) for each in operands):
+            raise InvalidArgumentError(
+                f"`operands` must be a tuple of expressions, got {operands!r}. "
+                "`Expression.parse` makes one of a text."
+            )
+        object.__setattr__(self, "operands", tuple(operands))
         told = fault_of(self.name, len(self.operands))
         if told is not None:
             raise InvalidArgumentError(f"{told}.")
@@ -61,6 +69,8 @@ class Expression:
         Raises:
             InvalidArgumentError: If it is no expression; the text points at the place.
         """
+        if not isinstance(text, str):
+            raise InvalidArgumentError(f"`text` must be a string, got {text!r}.")
         return _built(TextReader(text).tree())
 
     @staticmethod
@@ -79,7 +89,10 @@ class Expression:
                 text = document.read_text("utf-8") if isinstance(document, Path) else document
                 document = json.loads(text)
             except (OSError, ValueError, RecursionError) as error:
-                raise InvalidArgumentError(f"the expression cannot be read: {error}.") from error
+                place = f" in `{document}`" if isinstance(document, Path) else ""
+                raise InvalidArgumentError(
+                    f"the expression{place} cannot be read: {error}."
+                ) from error
         return _built(tree_of_json(document))
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.errors import UnsupportedModelError
 from yopo.evaluation import perplexity
 from yopo.evidence import checksum_of
 from yopo.surgery import interrupts_held
@@ -16,8 +16,13 @@ from yopo.symbolic.expression import Expression
 from yopo.symbolic.inputs import Data, inputs_of
 from yopo.symbolic.masks import Pattern, dropped
 from yopo.symbolic.matrices import Matrix, find_blocks, matrices_of
-from yopo.symbolic.metrics import check_weight_metric, scores_of
-from yopo.symbolic.statistics import Statistics
+from yopo.symbolic.metrics import (
+    NoChoiceError,
+    check_weight_metric,
+    scores_of,
+    used_terminals,
+)
+from yopo.symbolic.statistics import Statistics, check_statistics, checksum_of_tensors
 from yopo.writing import LENGTH
 
 _SEQUENCES = 32
@@ -82,6 +87,7 @@ class PerplexityFitness:
                 f"{type(model).__name__} has no perplexity. Pass a causal language model, with its "
                 "head."
             )
+        check_statistics(statistics)
         statistics.check(model)
         self._model, self._statistics = model, statistics
         blocks = find_blocks(model)
@@ -94,11 +100,12 @@ class PerplexityFitness:
         self._ids_NW = inputs_of(
             model, data, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
         )["input_ids"]
-        read = hashlib.blake2b(self._ids_NW.numpy().tobytes(), digest_size=8).hexdigest()
+        read = checksum_of_tensors({"input_ids": self._ids_NW})
         self.fingerprint = (
-            f"perplexity, {self._pattern}, text {read}, statistics {dict(statistics.made)}, "
+            f"perplexity, {self._pattern}, text {read}, statistics {statistics.checksum()}, "
             f"model {checksum_of(model).hex()}"
         )
+        self._known: frozenset[str] = frozenset()
 
     def __call__(self, expression: Expression) -> float:
         """Return the fitness of an expression.
@@ -107,7 +114,7 @@ class PerplexityFitness:
             InvalidArgumentError: If it needs statistics that are not there, or its scores are not
                 finite or all the same.
         """
-        check_weight_metric(expression)
+        self._check(expression)
         with self._put_back():
             for matrix in self._matrices:
                 matrix.weight.masked_fill_(self._dropped(matrix, expression), 0.0)
@@ -119,16 +126,31 @@ class PerplexityFitness:
 
         It is a checksum of the masks of up to 256 rows of each matrix in the first, the middle and
         the last layer.
+
+        Raises:
+            InvalidArgumentError: If it needs statistics that are not there.
         """
-        check_weight_metric(expression)
+        self._check(expression)
         digest = hashlib.blake2b(digest_size=16)
         try:
             for matrix in self._probe:
                 gone = self._dropped(matrix, expression)[:_PROBED]
                 digest.update(gone.cpu().numpy().tobytes())
-        except InvalidArgumentError:
+        except NoChoiceError:
             return None
         return digest.digest()
+
+    def _check(self, expression: Expression) -> None:
+        """Check, once for each terminal, that the statistics of all matrices hold it.
+
+        Raises:
+            InvalidArgumentError: If they do not, or it is none of weights.
+        """
+        check_weight_metric(expression)
+        if not expression.terminals <= self._known:
+            for matrix in self._matrices:
+                used_terminals(matrix, expression, self._statistics.of(matrix))
+            self._known |= expression.terminals
 
     def _dropped(self, matrix: Matrix, expression: Expression) -> Tensor:
         terminals = self._statistics.of(matrix)

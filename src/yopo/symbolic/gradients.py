@@ -41,7 +41,8 @@ def read_gradients(
         inputs: `input_ids` `(N, W)`, and `decoder_input_ids` for an encoder-decoder.
 
     Raises:
-        UnsupportedModelError: If the model predicts no next tokens, or gradients are not finite.
+        UnsupportedModelError: If the model predicts no next tokens, its loss has no gradients, or
+            they are not finite.
     """
     found: dict[str, Tensor] = {}
     with _ready(model):
@@ -71,6 +72,11 @@ def _read_group(
             stack.callback(handle.remove)
         for batch in with_progress(batches_of(inputs, 1), told):
             loss = _loss(model, {key: ids.to(device) for key, ids in batch.items()})
+            if loss.grad_fn is None:
+                raise UnsupportedModelError(
+                    f"the way in which {type(model).__name__} computes its loss hides from torch "
+                    "what weights that depends on. Use a metric without G."
+                )
             loss.backward()  # type: ignore[no-untyped-call]
     return {name: total.sqrt_().mul_(SCALE).cpu() for name, total in sums.items()}
 

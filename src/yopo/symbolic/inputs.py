@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
-from yopo.evaluation.texts import check_tokenizer, tokens_of
+from yopo.evaluation.texts import NAMED, check_tokenizer, tokens_of
 from yopo.evidence import check_rows_of_tokens, check_tokens
+from yopo.symbolic.settings import check_integer
 from yopo.writing import can_write, positions_of, write_tokens
 
 Data = Tensor | str | Path
@@ -23,6 +24,12 @@ def is_self(data: Data) -> bool:
     return isinstance(data, str) and data == "self"
 
 
+def name_of(data: Data) -> str:
+    """Return what `data` is called in a record of it: its name, or else "given"."""
+    has_name = isinstance(data, Path) or is_self(data) or (isinstance(data, str) and data in NAMED)
+    return str(data) if has_name else "given"
+
+
 def inputs_of(
     model: nn.Module, data: Data, *, tokenizer: Any, sequences: int, length: int, seed: int
 ) -> dict[str, Tensor]:
@@ -32,9 +39,12 @@ def inputs_of(
         InvalidArgumentError: As for `collect_statistics`.
         UnsupportedModelError: If the model cannot write.
     """
-    if sequences < 1 or length < 3:
+    check_integer("sequences", sequences, 1)
+    check_integer("length", length, 3)
+    if not isinstance(data, Tensor | str | Path):
         raise InvalidArgumentError(
-            f"`sequences` must be at least 1 and `length` at least 3, got {sequences} and {length}."
+            '`data` must be "self", a text, the `Path` of a file, or a tensor of token ids, got a '
+            f"{type(data).__name__}."
         )
     if is_self(data):
         if not can_write(model):

@@ -6,6 +6,7 @@ The lowest scores go. Of equal ones, those further left go first, as in the refe
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,11 +40,11 @@ class Pattern:
         Raises:
             InvalidArgumentError: If one is outside its range, or they contradict each other.
         """
-        if sparsity is not None and not 0 <= sparsity < 1:
-            raise InvalidArgumentError(f"`sparsity` must be in [0, 1), got {sparsity}.")
+        if sparsity is not None and not (isinstance(sparsity, Real) and 0 <= sparsity < 1):
+            raise InvalidArgumentError(f"`sparsity` must be in [0, 1), got {sparsity!r}.")
         if pattern == "unstructured":
             return cls(0.5 if sparsity is None else sparsity)
-        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
         if match is None or not 1 <= int(match[1]) < int(match[2]):
             raise InvalidArgumentError(
                 '`pattern` must be "unstructured", or "N:M" with 1 ≤ N < M for N weights that stay '

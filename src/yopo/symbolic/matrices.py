@@ -39,6 +39,11 @@ class Matrix:
         return found.T if self.transposed else found
 
     @property
+    def place(self) -> tuple[int, int | None, tuple[int, int] | None]:
+        """Return what no two matrices of a model have in common, whatever they are called."""
+        return id(self.parameter), self.expert, self.part
+
+    @property
     def weight(self) -> Tensor:
         """Return the matrix as a view `(out, in)` of the parameter."""
         return self.view(self.parameter.detach())
@@ -56,8 +61,9 @@ class Block:
 def find_blocks(model: nn.Module) -> list[Block]:
     """Return the layers of `model` and the linear maps in them, in the order of its modules.
 
-    Layers are the entries of those lists of modules that hold the FFNs. Embeddings, heads and
-    norms lie outside, or are no linear maps.
+    Layers are the entries of those lists of modules that hold the FFNs, and of lists of the same
+    length beside them; an FFN in no list is one by itself. Embeddings, heads and norms lie outside,
+    or are no linear maps. What several layers share is a matrix of the first.
 
     Args:
         model: A `PreTrainedModel` of transformers.
@@ -68,15 +74,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     ffns = find_ffns(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    stacks = dict.fromkeys(_stack_of(model, ffn.path) for ffn in ffns)
-    blocks = []
-    for stack in stacks:
-        for number, module in enumerate(_entries(model, stack)):
-            prefix = f"{stack}.{number}" if stack else ""
-            inside = [f for f in ffns if f"{f.path}.".startswith(f"{prefix}." if prefix else "")]
-            matrices = tuple(_matrices_in(module, inside, names))
-            if matrices:
-                blocks.append(Block(prefix, module, matrices))
+    blocks, taken = [], set()
+    for path in _layers_with(model, ffns):
+        module = model.get_submodule(path)
+        inside = [ffn for ffn in ffns if f"{ffn.path}.".startswith(f"{path}.")]
+        matrices = [m for m in _matrices_in(module, inside, names) if m.place not in taken]
+        taken |= {matrix.place for matrix in matrices}
+        if matrices:
+            blocks.append(Block(path, module, tuple(matrices)))
     _check(matrices_of(blocks))
     return blocks
 
@@ -102,19 +107,32 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     }
 
 
+def _layers_with(model: nn.Module, ffns: Iterable[Ffn]) -> Iterable[str]:
+    """Return the paths of the layers, those of each list with FFNs and of its equals together."""
+    stacks = dict.fromkeys(_stack_of(model, ffn.path) for ffn in ffns)
+    return dict.fromkeys(layer for stack in stacks for layer in _layers_beside(model, stack))
+
+
 def _stack_of(model: nn.Module, path: str) -> str:
-    """Return the path of the outermost list of modules that holds the module at `path`."""
+    """Return the path of the outermost list of modules that holds the one at `path`, else that."""
     parts = path.split(".")
-    for length in range(1, len(parts) + 1):
+    for length in range(1, len(parts)):
         stack = ".".join(parts[:length])
         if isinstance(model.get_submodule(stack), nn.ModuleList):
             return stack
-    return ""
+    return path
 
 
-def _entries(model: nn.Module, stack: str) -> Iterable[nn.Module]:
-    module = model.get_submodule(stack)
-    return module if isinstance(module, nn.ModuleList) else [module]
+def _layers_beside(model: nn.Module, stack: str) -> Iterator[str]:
+    """Yield the paths of the entries of a list and of those as long beside it, else `stack`."""
+    found = model.get_submodule(stack)
+    if not isinstance(found, nn.ModuleList):
+        yield stack
+        return
+    parent, dot, _ = stack.rpartition(".")
+    for name, child in model.get_submodule(parent).named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == len(found):
+            yield from (f"{parent}{dot}{name}.{number}" for number in range(len(child)))
 
 
 def _matrices_in(module: nn.Module, ffns: Sequence[Ffn], names: dict[int, str]) -> Iterator[Matrix]:

@@ -1,26 +1,27 @@
 """`MetricPruner`: set the weights to zero that a symbolic metric scores lowest."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from yopo.criteria import plan_by_criterion
-from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.errors import InvalidArgumentError
 from yopo.plan import MultipleOf, PruningPlan
 from yopo.surgery import apply_plan
+from yopo.symbolic.activations import watch_norms
 from yopo.symbolic.expression import Expression
 from yopo.symbolic.inputs import Data, inputs_of
 from yopo.symbolic.masks import Pattern, dropped
 from yopo.symbolic.matrices import Block, Matrix, find_blocks, matrices_of
 from yopo.symbolic.metrics import Metric, check_weight_metric, metric_of, scores_of
 from yopo.symbolic.names import ROW_TERMINALS
-from yopo.symbolic.passes import Run, walk_blocks
+from yopo.symbolic.passes import walk_all_blocks
 from yopo.symbolic.primitives import PrimitiveSet
 from yopo.symbolic.rows import row_criterion
 from yopo.symbolic.sparsegpt import sparsegpt, watch_products
-from yopo.symbolic.statistics import Statistics, read_statistics, watch_norms
+from yopo.symbolic.statistics import Statistics, check_statistics, read_statistics
 from yopo.symbolic.structured import weight_criterion
 from yopo.symbolic.undo import put_back_on_error
 from yopo.writing import LENGTH, SEQUENCES, with_progress
@@ -38,15 +39,18 @@ class MetricPruner:
             text or token ids as for `yopo.symbolic.collect_statistics`.
         tokenizer: The model's, for text.
         statistics: `G` and `X` that are there already; only what the metric lacks is collected.
+            SparseGPT, which needs more, takes none.
         sequential: Whether `X` is collected layer by layer, behind layers that are pruned already,
-            as the papers do, instead of all at once. `G` is always that of the dense model.
+            as the papers do, instead of all at once; SparseGPT does nothing else. `G` is always
+            that of the dense model, and so is `X` where `statistics` hold it.
         primitives: "safe", or "compat" for the reference's arithmetic with its overflow and NaN.
         sequences: As for `collect_statistics`.
         length: As for `collect_statistics`.
         seed: As for `collect_statistics`.
 
     Raises:
-        InvalidArgumentError: If the metric is no expression, or an argument outside its range.
+        InvalidArgumentError: If the metric is no expression, or arguments are outside their range
+            or go with another metric alone.
 
     Example:
         >>> pruner = yopo.MetricPruner(metric="wanda", sequences=8, length=32)
@@ -68,6 +72,13 @@ class MetricPruner:
     ) -> None:
         """Check and keep the arguments; nothing is computed before `prune` or `plan`."""
         self._metric = None if metric == "sparsegpt" else metric_of(metric)
+        if statistics is not None:
+            check_statistics(statistics)
+        if self._metric is None and not (sequential and statistics is None):
+            raise InvalidArgumentError(
+                "SparseGPT looks at inputs behind pruned layers, of which it needs more than X: it "
+                "takes no `statistics` and no `sequential=False`."
+            )
         if primitives not in ("safe", "compat"):
             raise InvalidArgumentError(
                 f'`primitives` must be "safe" or "compat", got {primitives!r}.'
@@ -195,7 +206,7 @@ class MetricPruner:
                     change(matrix.weight, zeroed(matrix, statistics.activations))
                 return
             count = len(next(iter(inputs.values())))
-            for block, run in _all_visited(walk_blocks(model, blocks, inputs), blocks):
+            for block, run in walk_all_blocks(model, blocks, inputs):
                 with watch_norms(block.matrices, count) as norms:
                     run()
                 for matrix in block.matrices:
@@ -206,7 +217,7 @@ class MetricPruner:
     ) -> None:
         inputs = inputs_of(model, **self._text)
         with put_back_on_error() as change:
-            for block, run in _all_visited(walk_blocks(model, blocks, inputs), blocks):
+            for block, run in walk_all_blocks(model, blocks, inputs):
                 with watch_products(block.matrices) as products:
                     run()
                 for matrix in block.matrices:
@@ -232,23 +243,4 @@ class MetricPruner:
         found = read_statistics(model, inputs, lacking)
         return Statistics(
             given.gradients or found.gradients, given.activations or found.activations
-        )
-
-
-def _all_visited(
-    walk: Iterable[tuple[Block, Run]], blocks: Sequence[Block]
-) -> Iterator[tuple[Block, Run]]:
-    """Yield what `walk` does, and check in the end that it came by everywhere.
-
-    Raises:
-        UnsupportedModelError: If there are layers that the text does not reach.
-    """
-    missing = {id(block): block for block in blocks}
-    for block, run in walk:
-        del missing[id(block)]
-        yield block, run
-    for block in missing.values():
-        raise UnsupportedModelError(
-            f"no token reaches `{block.name}`, so nothing is known of its inputs. Use a metric "
-            'without X, such as "magnitude".'
         )

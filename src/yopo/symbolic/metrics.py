@@ -14,6 +14,10 @@ from yopo.symbolic.names import ROW_TERMINALS
 from yopo.symbolic.primitives import PrimitiveSet
 
 
+class NoChoiceError(InvalidArgumentError):
+    """Report scores by which no weights can be chosen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """Hold a score, and among which weights it decides.
@@ -84,19 +88,14 @@ def scores_of(
         whole: Whether weights of all rows compete.
 
     Raises:
-        InvalidArgumentError: If a terminal is missing or zero everywhere, scores are NaN or
-            infinite, or all weights of a row get one score although they differ.
+        InvalidArgumentError: If a terminal is missing or zero everywhere.
+        NoChoiceError: If scores are NaN or infinite, or all weights of a row get one score although
+            they differ.
     """
-    used = {name: terminals[name] for name in expression.terminals if name in terminals}
-    for name, values in used.items():
-        if name != "W" and not values.any():
-            raise InvalidArgumentError(
-                f"{name} of `{matrix.name}` is zero everywhere: nothing of the text reaches it. "
-                'Pass more `data`, or use a metric of weights alone, such as "magnitude".'
-            )
-    scores = expression.evaluate(terminals, primitives=primitives)
+    used = used_terminals(matrix, expression, terminals)
+    scores = expression.evaluate(used, primitives=primitives)
     if not torch.stack(scores.aminmax()).isfinite().all():
-        raise InvalidArgumentError(
+        raise NoChoiceError(
             f"`{expression}` is NaN or infinite for weights of `{matrix.name}`. Use "
             '`primitives="safe"`.'
         )
@@ -105,11 +104,39 @@ def scores_of(
     for values in used.values():  # nobody can choose by what does not differ
         constant &= ~_are_constant(values, whole)
     if constant.any():
-        raise InvalidArgumentError(
+        raise NoChoiceError(
             f"`{expression}` gives all weights of row {int(constant.nonzero()[0])} of "
             f"`{matrix.name}` the same score, so it cannot choose among them. Use another `metric`."
         )
     return scores
+
+
+def used_terminals(
+    matrix: Matrix, expression: Expression, terminals: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the terminals of a matrix that an expression uses.
+
+    Args:
+        matrix: The matrix.
+        expression: The expression.
+        terminals: Those of the matrix that there are.
+
+    Raises:
+        InvalidArgumentError: If one is missing or zero everywhere.
+    """
+    for name in sorted(expression.terminals):
+        if name not in terminals:
+            raise InvalidArgumentError(
+                f"`{expression}` needs {name} of `{matrix.name}`, and there is only "
+                f"{', '.join(sorted(terminals))}. Collect `statistics` that hold it."
+            )
+        if name != "W" and not terminals[name].any():
+            raise InvalidArgumentError(
+                f"{name} of `{matrix.name}` is zero everywhere: nothing of the text reaches it. "
+                "Pass more `data`, or `sequential=False` where layers share weights, or use a "
+                'metric of weights alone, such as "magnitude".'
+            )
+    return {name: terminals[name] for name in expression.terminals}
 
 
 def _are_constant(values: Tensor, whole: bool) -> Tensor:
@@ -129,5 +156,5 @@ def check_weight_metric(expression: Expression) -> None:
     if foreign:
         raise InvalidArgumentError(
             f"`{expression}` looks at `{foreign[0]}` of an FFN, so it scores rows, not weights. "
-            "Use `structured=True`, or W, G and X."
+            "Use `structured=True` with terminals of rows alone, or W, G and X alone."
         )

@@ -7,12 +7,14 @@ nothing needs to be known of masks, positions or caches. Only one thread runs at
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from threading import Semaphore, Thread, current_thread
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from yopo.errors import UnsupportedModelError
 from yopo.symbolic.matrices import Block
 from yopo.watching import eager_experts, without_head
 from yopo.writing import with_progress
@@ -60,6 +62,30 @@ def walk_blocks(
             yield waiting.pop(id(module)), lambda: _run(passes)
 
 
+def walk_all_blocks(
+    model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Tensor]
+) -> Iterator[tuple[Block, Run]]:
+    """Yield what `walk_blocks` does, and check in the end that it came by everywhere.
+
+    Args:
+        model: As for `walk_blocks`.
+        blocks: As for `walk_blocks`.
+        inputs: As for `walk_blocks`.
+
+    Raises:
+        UnsupportedModelError: If there are layers that the text does not reach.
+    """
+    missing = {id(block): block for block in blocks}
+    for block, run in walk_blocks(model, blocks, inputs):
+        del missing[id(block)]
+        yield block, run
+    for block in missing.values():
+        raise UnsupportedModelError(
+            f"no token reaches `{block.name}`, so nothing is known of its inputs. Use a metric "
+            'without X, such as "magnitude".'
+        )
+
+
 def batches_of(inputs: dict[str, Tensor], size: int = BATCH) -> list[dict[str, Tensor]]:
     """Return the inputs in batches of at most `size` sequences."""
     split = {key: torch.split(value, size) for key, value in inputs.items()}
@@ -81,7 +107,14 @@ def _run(passes: Sequence["_Pass"]) -> None:
     with torch.no_grad():
         for each in passes:
             assert each.module is not None
-            each.module(*each.args, **each.kwargs)
+            each.module(*each.args, **{key: _own(value) for key, value in each.kwargs.items()})
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of a cache, which a layer that runs once more would write into once more."""
+    from transformers import Cache
+
+    return deepcopy(value) if isinstance(value, Cache) else value
 
 
 class _AbandonedError(Exception):

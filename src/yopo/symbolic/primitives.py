@@ -67,8 +67,9 @@ def _min_max(a: Tensor) -> Tensor:
 
 
 def _safe_min_max(a: Tensor) -> Tensor:
-    low, high = a.aminmax()
-    return (a - low) / torch.where(high > low, high - low, 1.0)
+    scaled, _ = _scaled(a)
+    low, high = scaled.aminmax()
+    return (scaled - low) / torch.where(high > low, high - low, 1.0)
 
 
 def _z_score(a: Tensor) -> Tensor:

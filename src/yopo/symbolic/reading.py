@@ -88,7 +88,7 @@ def tree_of_json(node: Any, path: tuple[str, ...] = ()) -> Tree:
     place = f" at `{'.'.join(path)}`" if path else " at the root"
     if not isinstance(node, Mapping) or not isinstance(node.get("data"), str):
         raise InvalidArgumentError(f'the expression has no `"data"` with a name{place}.')
-    strange = sorted(set(node) - {"data", "left", "right"})
+    strange = sorted(set(node) - {"data", "left", "right"}, key=str)
     if strange:
         raise InvalidArgumentError(f"the expression has an unknown key {strange[0]!r}{place}.")
     if len(path) > DEEPEST:

@@ -183,7 +183,8 @@ def check_row_terminals(names: Collection[str]) -> None:
     strange = sorted(set(names) - set(ROW_TERMINALS))
     if strange:
         way_out = (
-            " `yopo.MetricPruner` prunes by those of single weights."
+            " It is one of single weights, by which `yopo.MetricPruner` prunes; the two kinds "
+            "cannot be mixed."
             if strange[0] in WEIGHT_TERMINALS
             else ""
         )

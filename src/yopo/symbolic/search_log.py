@@ -65,14 +65,27 @@ class SearchLog:
             _append(self._file, {"search": search, **candidate.to_dict()})
 
 
+def check_folder(folder: Path) -> None:
+    """Check that a search may be written into a folder, or go on from there.
+
+    Args:
+        folder: Where to.
+
+    Raises:
+        InvalidArgumentError: If it holds something else.
+    """
+    is_taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+    if is_taken and not (folder / LOG_FILE).exists():
+        raise InvalidArgumentError(
+            f"`folder` {folder} exists and holds no search: name another folder."
+        )
+
+
 def _opened(file: Path, job: Mapping[str, Any]) -> dict[str, float]:
     """Return what is in the log, ready to be added to; a new one where there is none."""
     header = json.loads(json.dumps({"kind": _KIND, "format": FORMAT, **job}))
     folder = file.parent
-    if not file.exists() and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InvalidArgumentError(
-            f"`folder` {folder} exists and holds no search: name another folder."
-        )
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file.open("a+b") as stream:

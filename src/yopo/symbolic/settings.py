@@ -114,6 +114,19 @@ class EvolutionSettings:
         return frozenset(self.required)
 
 
+def settings_of(settings: object) -> EvolutionSettings:
+    """Return settings that were given, by default what is published.
+
+    Raises:
+        InvalidArgumentError: If they are something else.
+    """
+    if settings is None:
+        return EvolutionSettings()
+    if not isinstance(settings, EvolutionSettings):
+        raise InvalidArgumentError(f"`settings` must be `EvolutionSettings`, got {settings!r}.")
+    return settings
+
+
 def check_integer(name: str, value: object, least: int) -> None:
     """Check that an argument is a whole number.
 

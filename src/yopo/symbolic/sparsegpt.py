@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from yopo.errors import UnsupportedModelError
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.symbolic.masks import Pattern, dropped
 from yopo.symbolic.matrices import Matrix
 from yopo.watching import Watch
@@ -44,7 +44,8 @@ def sparsegpt(weight_OI: Tensor, products_II: Tensor, pattern: Pattern, *, name:
     what is lost of the output is made up for by the columns further right. H is the mean of 2xᵀx
     with 1 % of its mean diagonal added to that, and [H⁻¹] the diagonal of the upper Cholesky
     factor of its inverse. Differs from the reference, which lets go whatever is not above a
-    threshold: here equal weights are told apart, and exactly as many go as were asked for.
+    threshold, and beside that all weights of inputs that are always zero: here equal weights are
+    told apart, those of such inputs go first, and exactly as many go as were asked for.
 
     Args:
         weight_OI: The matrix.
@@ -54,16 +55,23 @@ def sparsegpt(weight_OI: Tensor, products_II: Tensor, pattern: Pattern, *, name:
 
     Raises:
         UnsupportedModelError: If the products are not finite.
+        InvalidArgumentError: If they are all zero.
     """
     weight_OI = weight_OI.float().clone()
     dead_I = products_II.diagonal() == 0
-    weight_OI[:, dead_I] = 0.0
+    if dead_I.all():
+        raise InvalidArgumentError(
+            f"no token reaches `{name}`, so nothing is known of its inputs. Pass more `data`, or "
+            'use a metric of weights alone, such as "magnitude".'
+        )
     factor_II = _inverse_factor(products_II, dead_I, name)
+    # Weights of dead inputs then score 0, and leave no error when they go.
+    scale_I = factor_II.diagonal().masked_fill(dead_I, torch.inf)
     step = _COLUMNS // (pattern.group or 1) * (pattern.group or 1) or weight_OI.shape[1]
     for start in range(0, weight_OI.shape[1], step):
         stop = min(start + step, weight_OI.shape[1])
-        own_BB = factor_II[start:stop, start:stop]
-        errors_OB = _prune_columns(weight_OI[:, start:stop], own_BB, pattern)
+        own_BB, scale_B = factor_II[start:stop, start:stop], scale_I[start:stop]
+        errors_OB = _prune_columns(weight_OI[:, start:stop], own_BB, scale_B, pattern)
         weight_OI[:, stop:] -= errors_OB @ factor_II[start:stop, stop:]
     return weight_OI
 
@@ -84,9 +92,10 @@ def _inverse_factor(products_II: Tensor, dead_I: Tensor, name: str) -> Tensor:
     return factor_II
 
 
-def _prune_columns(weight_OB: Tensor, factor_BB: Tensor, pattern: Pattern) -> Tensor:
+def _prune_columns(
+    weight_OB: Tensor, factor_BB: Tensor, scale_B: Tensor, pattern: Pattern
+) -> Tensor:
     """Prune a block of columns in place, and return the error `(O, B)` that each leaves."""
-    scale_B = factor_BB.diagonal()
     gone_OB = torch.zeros_like(weight_OB, dtype=torch.bool)
     if pattern.group is None:
         gone_OB = dropped(weight_OB.square() / scale_B.square(), pattern, whole=True)

@@ -1,27 +1,24 @@
 """What metrics look at beside weights: gradients and inputs, on text.
 
-Shapes: N sequences, W tokens a sequence, T tokens.
+Shapes: N sequences, W tokens a sequence.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-from yopo.errors import InvalidArgumentError, PolicyFileError, UnsupportedModelError
+from yopo.errors import InvalidArgumentError, PolicyFileError
 from yopo.evidence import checksum_of
 from yopo.files import read_folder, write_folder
+from yopo.symbolic.activations import read_activations
 from yopo.symbolic.gradients import no_gradients, read_gradients
-from yopo.symbolic.inputs import Data, inputs_of, is_self
-from yopo.symbolic.matrices import Block, Matrix, find_blocks, matrices_of
-from yopo.symbolic.passes import batches_of
-from yopo.watching import Watch, eager_experts, without_head
-from yopo.writing import LENGTH, SEQUENCES, with_progress
+from yopo.symbolic.inputs import Data, inputs_of, name_of
+from yopo.symbolic.matrices import Matrix, find_blocks, matrices_of
+from yopo.writing import LENGTH, SEQUENCES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +30,8 @@ class Statistics:
             sequences, as the reference has it.
         activations: X of each matrix by name, `(in,)`, float32: the mean over sequences of the
             squared norm of each input over the tokens of a sequence.
-        made: How they were made: class and checksum of the model, data, sequences, length, seed.
+        made: How they were made: class and checksum of the model, data, sequences, length, seed,
+            and a checksum of the tokens.
     """
 
     gradients: Mapping[str, Tensor]
@@ -62,16 +60,29 @@ class Statistics:
         Raises:
             InvalidArgumentError: If they are of another model, or its weights have changed.
         """
-        if self.made.get("class") != type(model).__name__:
+        if "class" not in self.made or "checksum" not in self.made:
             raise InvalidArgumentError(
-                f"`statistics` are of a {self.made.get('class')}, and the model is a "
+                "`statistics` do not say of which model they are. Make them with "
+                "`yopo.symbolic.collect_statistics(model)`."
+            )
+        if self.made["class"] != type(model).__name__:
+            raise InvalidArgumentError(
+                f"`statistics` are of a {self.made['class']}, and the model is a "
                 f"{type(model).__name__}."
             )
-        if self.made.get("checksum") != checksum_of(model).hex():
+        if self.made["checksum"] != checksum_of(model).hex():
             raise InvalidArgumentError(
                 "`statistics` are of a model with other weights, or in another dtype. Collect them "
                 "on this one with `yopo.symbolic.collect_statistics(model)`."
             )
+
+    def checksum(self) -> str:
+        """Return a checksum of G and X."""
+        return checksum_of_tensors(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"G.{name}": value for name, value in self.gradients.items()}
+        return tensors | {f"X.{name}": value for name, value in self.activations.items()}
 
     def save(self, path: str | Path) -> None:
         """Write them into the folder `path`: safetensors, and JSON that says how they were made.
@@ -79,9 +90,7 @@ class Statistics:
         Raises:
             PolicyFileError: If the folder cannot be written.
         """
-        tensors = {f"G.{name}": value for name, value in self.gradients.items()}
-        tensors |= {f"X.{name}": value for name, value in self.activations.items()}
-        write_folder(path, "statistics", {"made": dict(self.made)}, tensors)
+        write_folder(path, "statistics", {"made": dict(self.made)}, self._tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -140,8 +149,7 @@ def collect_statistics(
     inputs = inputs_of(
         model, data, tokenizer=tokenizer, sequences=sequences, length=length, seed=seed
     )
-    told = str(data) if isinstance(data, Path) or is_self(data) else "given"
-    return read_statistics(model, inputs, terminals, data=told, seed=seed)
+    return read_statistics(model, inputs, terminals, data=name_of(data), seed=seed)
 
 
 def read_statistics(
@@ -165,6 +173,7 @@ def read_statistics(
     made |= {
         "class": type(model).__name__,
         "checksum": checksum_of(model).hex(),
+        "tokens": checksum_of_tensors(inputs),
         "sequences": rows,
         "length": tokens,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -174,53 +183,27 @@ def read_statistics(
         parameters = {matrix.key: matrix.parameter for matrix in matrices_of(blocks)}
         gradients = read_gradients(model, parameters, inputs)
     if "X" in terminals:
-        activations = _read_activations(model, blocks, inputs)
+        activations = read_activations(model, blocks, inputs)
     return Statistics(gradients, activations, made)
 
 
-def _read_activations(
-    model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return X of each matrix of a model that is run as it is."""
-    rows = len(next(iter(inputs.values())))
-    device = next(model.parameters()).device
-    body = without_head(model, [block.name for block in blocks])
-    training = model.training
-    try:
-        model.eval()
-        with eager_experts(model), torch.no_grad(), watch_norms(matrices_of(blocks), rows) as norms:
-            for batch in with_progress(batches_of(inputs), "read"):
-                body(**{key: ids.to(device) for key, ids in batch.items()}, use_cache=False)
-    finally:
-        model.train(training)
-    return {name: norm.cpu() for name, norm in norms.items()}
-
-
-@contextmanager
-def watch_norms(matrices: Sequence[Matrix], sequences: int) -> Iterator[dict[str, Tensor]]:
-    """Give X of each matrix by name, which is there after what is run inside has been run.
+def check_statistics(statistics: object) -> None:
+    """Check that what was given as `statistics` is that.
 
     Raises:
-        UnsupportedModelError: If inputs are NaN or infinite.
+        InvalidArgumentError: If it is not.
     """
-    norms = {
-        matrix.name: torch.zeros(
-            matrix.weight.shape[1], device=matrix.parameter.device, dtype=torch.float32
+    if not isinstance(statistics, Statistics):
+        raise InvalidArgumentError(
+            "`statistics` must be what `yopo.symbolic.collect_statistics` or `Statistics.load` "
+            f"returns, got a {type(statistics).__name__}."
         )
-        for matrix in matrices
-    }
-    with Watch(
-        (matrix.weight, matrix.expert, partial(_add_norms, norms[matrix.name]))
-        for matrix in matrices
-    ):
-        yield norms
-    for name, norm in norms.items():
-        if not torch.isfinite(norm.div_(sequences)).all():
-            raise UnsupportedModelError(
-                f"the inputs of `{name}` are NaN or infinite on this text. Load the model in a "
-                "wider `dtype`."
-            )
 
 
-def _add_norms(total: Tensor, inputs: Tensor) -> None:
-    total += inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(dim=0)
+def checksum_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of tensors and their names, whatever their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()

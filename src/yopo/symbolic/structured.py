@@ -23,7 +23,7 @@ def weight_criterion(
         statistics: G and X, as far as they are needed.
         primitives: As for `Expression.evaluate`.
     """
-    by_place = {(id(m.parameter), m.expert, m.part): m for m in matrices_of(find_blocks(model))}
+    by_place = {matrix.place: matrix for matrix in matrices_of(find_blocks(model))}
 
     def matrix_of(slot: Slot, rows: int) -> Matrix:
         parts = (None, (slot.start, rows))

@@ -30,7 +30,7 @@ def put_back_on_error() -> Iterator[Change]:
         yield change
     except BaseException:
         with interrupts_held():
-            for weight, old, is_masked in changed:
+            for weight, old, is_masked in reversed(changed):
                 if is_masked:
                     weight[weight == 0] = old.to(weight.device)
                 else:
