@@ -242,6 +242,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "those of the clock, and the median where a side ran several times. Memory is the peak "
         "above the loaded model, in the episodes that ran.",
         "",
+        "The singular values of random weights lie close together, and float32 decides on every "
+        "draw. Where it does not, float64 has to, and a draw takes three to four times as long: "
+        "[the same matrix in several ways](spectra.md).",
+        "",
     ]
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())

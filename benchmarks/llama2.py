@@ -3,14 +3,16 @@
     python benchmarks/llama2.py meta-llama/Llama-2-7b-hf
     python benchmarks/llama2.py microsoft/phi-2
     python benchmarks/llama2.py facebook/opt-2.7b --ratios 0.3
-    python benchmarks/llama2.py MODEL --methods yopo prunenet --recover train.txt
+    python benchmarks/llama2.py MODEL --methods yopo prunenet --recover wikitext2-train
     python benchmarks/llama2.py MODEL --text wikitext2.txt --data-dir FOLDER    without a network
 
 Prunes at 0.2, 0.25 and 0.3 by the published method, by yopo's default and at random, and measures
 of the dense and of each pruned model: parameters, perplexity in windows of 2048 tokens, the five
-zero-shot tasks, seconds of training and of cutting. `--recover` tunes each with LoRA on a text
-afterwards, by the published settings, and measures it again; `--recover self` lets the dense model
-teach instead. Writes results/paper-MODEL.json and .md after each line, and goes on from there.
+zero-shot tasks, seconds of training and of cutting. A policy is trained at the first of the ratios
+and used for all. `--recover` tunes each with LoRA on a text afterwards, by the published settings,
+and measures it again: `wikitext2-train`, `alpaca-train` or a file; `--recover self` lets the dense
+model teach instead, by yopo's settings. Writes results/paper-MODEL.json and .md after each line,
+and goes on from there; a file of lines that were measured in another way is refused.
 
 Beside them the page puts what the paper reports for these models (arXiv 2501.15296, averages over
 the five tasks as reprinted in the tables of LILA).
@@ -19,6 +21,7 @@ the five tasks as reprinted in the tables of LILA).
 import argparse
 import gc
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +30,31 @@ from transformers import AutoTokenizer
 
 import yopo
 from common import RESULTS, keep_result, kept_rows, machine, quiet
-from yopo.report import format_table
+from llama2_page import ON_WIKITEXT, SETTINGS_OF_RECOVERY, page
+from yopo.evaluation.windows import window_of
 
 RATIOS = (0.2, 0.25, 0.3)
 METHODS = ("prunenet", "yopo", "random rows")
-REPORTED = {
-    "Llama-2-7b-hf": {"dense": 69.00, 0.2: 61.67, 0.25: 58.63, 0.3: 55.45},
-    "phi-2": {"dense": 72.24, 0.2: 66.59, 0.25: 64.10, 0.3: 61.05},
+TRAINING: dict[str, Callable[[Any], Any]] = {
+    ON_WIKITEXT: lambda load: load("Salesforce/wikitext", "wikitext-2-raw-v1", split="train"),
+    "alpaca-train": lambda load: load("tatsu-lab/alpaca", split="train").train_test_split(
+        test_size=0.2, seed=42
+    )["train"],
 }
-"""Mean accuracy over the five tasks, percent, of PruneNet without recovery."""
+"""Texts to recover on; of Alpaca the four fifths that SliceGPT does not set apart."""
 
 
-def prune(model: Any, method: str, ratio: float, trained: dict[str, Any]) -> float:
+def prune(
+    model: Any, method: str, ratio: float, trained: dict[str, Any], *, train_at: float
+) -> float:
     """Prune a model in place by a method, and return the seconds of cutting.
 
-    A policy is trained once, at the first ratio that asks for it, and used for all.
+    A policy is trained on the first model that asks for it, and used for all.
     """
     if method != "random rows" and method not in trained:
         new = yopo.PolicyPruner.prunenet if method == "prunenet" else yopo.PolicyPruner
         began = time.perf_counter()
-        trained[method] = new(ratio=ratio).fit(model)
+        trained[method] = new(ratio=train_at).fit(model)
         trained[f"{method} seconds"] = time.perf_counter() - began
     began = time.perf_counter()
     if method == "random rows":
@@ -54,6 +62,25 @@ def prune(model: Any, method: str, ratio: float, trained: dict[str, Any]) -> flo
         yopo.apply_plan(model, plan)
     else:
         trained[method].prune(model, ratio)
+    return time.perf_counter() - began
+
+
+def recover(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> float:
+    """Recover a model in place as the arguments say, and return the seconds that it took."""
+    text, from_self = arguments.recover, arguments.recover == "self"
+    data: Any = text if from_self else Path(text)
+    if text in TRAINING:
+        from datasets import load_dataset
+
+        data = TRAINING[text](load_dataset)
+    began = time.perf_counter()
+    yopo.recover(
+        model,
+        data,
+        teacher=loaded(arguments) if from_self else None,
+        tokenizer=tokenizer,
+        settings=SETTINGS_OF_RECOVERY[from_self],
+    )
     return time.perf_counter() - began
 
 
@@ -72,6 +99,7 @@ def measure(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[s
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "perplexity": yopo.perplexity(model, text, tokenizer=tokenizer, batch=1),
+        "window": window_of(model, None),
         "accuracy": average.model.value,
         "error": average.model.error,
         **report.to_dict(),
@@ -84,65 +112,51 @@ def loaded(arguments: argparse.Namespace) -> Any:
     return yopo.load(arguments.model, dtype=arguments.dtype).to(arguments.device)
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what moves the figures of all lines."""
+    named = {key: getattr(arguments, key) for key in ("model", "tasks", "limit", "text", "dtype")}
+    data_dir = arguments.data_dir
+    return named | {
+        "data_dir": None if data_dir is None else str(data_dir),
+        "trained_at": arguments.ratios[0],
+    }
+
+
 def lines(arguments: argparse.Namespace) -> list[tuple[str, float]]:
     """Return the methods and ratios to measure, the dense model first."""
     return [("dense", 0.0)] + [(m, ratio) for m in arguments.methods for ratio in arguments.ratios]
 
 
 def rows_of(
-    method: str, ratio: float, arguments: argparse.Namespace, trained: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Measure one line: a method at a ratio, and once more after recovery where that is asked."""
+    method: str,
+    ratio: float,
+    wanted: Sequence[str | None],
+    arguments: argparse.Namespace,
+    trained: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Measure a method at a ratio: as cut, None among what is wanted, and after recovery."""
     tokenizer, model = AutoTokenizer.from_pretrained(arguments.model), loaded(arguments)
-    row: dict[str, Any] = {"method": method, "ratio": ratio, "recovered": False}
+    row: dict[str, Any] = {"method": method, "ratio": ratio, "settings": settings_of(arguments)}
     if method != "dense":
-        row["cut_seconds"] = prune(model, method, ratio, trained)
+        train_at = arguments.ratios[0]
+        row["cut_seconds"] = prune(model, method, ratio, trained, train_at=train_at)
         row["fit_seconds"] = trained.get(f"{method} seconds", 0.0)
-    found = [row | measure(model, tokenizer, arguments)]
-    if method != "dense" and arguments.recover is not None:
-        from_self = arguments.recover == "self"
-        began = time.perf_counter()
-        yopo.recover(
-            model,
-            "self" if from_self else Path(arguments.recover),
-            teacher=loaded(arguments) if from_self else None,
-            tokenizer=tokenizer,
-            settings="paper" if from_self else "published",
-        )
-        seconds = time.perf_counter() - began
-        found.append(
-            row
-            | {"recovered": True, "recover_seconds": seconds}
-            | measure(model, tokenizer, arguments)
-        )
-    return found
+    for text in wanted:
+        if text is not None:
+            row["recover_seconds"] = recover(model, tokenizer, arguments)
+        yield row | {"recovered": text} | measure(model, tokenizer, arguments)
 
 
-def page(rows: list[dict[str, Any]], name: str, device: str) -> str:
-    """Return the page of all lines."""
-    dense = rows[0]
-    table = [["method", "ratio", "parameters", "perplexity", "accuracy", "kept", "paper", "fit s"]]
+def check_settings(rows: list[dict[str, Any]], settings: dict[str, Any], name: str) -> None:
+    """End here if lines that are there were measured in another way."""
     for row in rows:
-        is_published = row["method"] in ("dense", "prunenet") and not row["recovered"]
-        key = "dense" if row["method"] == "dense" else row["ratio"]
-        paper = REPORTED.get(name, {}).get(key) if is_published else None
-        table.append(
-            [
-                f"{row['method']}{' + recovery' if row['recovered'] else ''}",
-                f"{row['ratio']:g}",
-                f"{row['parameters'] / dense['parameters']:.1%}",
-                f"{row['perplexity']:.2f}",
-                f"{100 * row['accuracy']:.2f} ± {100 * row['error']:.2f}",
-                f"{row['accuracy'] / dense['accuracy']:.1%}",
-                "" if paper is None else f"{paper:.2f}",
-                f"{row.get('fit_seconds', 0.0):.0f}",
-            ]
-        )
-    return (
-        f"# The paper's tables: {name}\n\nOn {device} (`python benchmarks/llama2.py`). Accuracy is "
-        'the mean over the tasks, in percent, ± one standard error; "kept" is its share of the '
-        f"dense model's.\n\n{format_table(table)}\n"
-    )
+        found = row.get("settings", {})
+        moved = [f"{key} {found.get(key)}" for key in settings if found.get(key) != settings[key]]
+        if moved:
+            raise SystemExit(
+                f"{RESULTS / name}.json was measured with {', '.join(moved)}: move it away, or "
+                "measure in the same way."
+            )
 
 
 def main(given: list[str] | None = None) -> None:
@@ -154,7 +168,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--tasks", default="paper")
     parser.add_argument("--data-dir", type=Path, help="folder with the questions")
     parser.add_argument("--text", default="wikitext2", help="wikitext2, or a file")
-    parser.add_argument("--recover", metavar="FILE", help='text to recover on, or "self"')
+    parser.add_argument("--recover", metavar="TEXT", help=f"{', '.join(TRAINING)}, a file or self")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
@@ -162,17 +176,28 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu" if accelerator is None else accelerator.type)
     arguments = parser.parse_args(given)
     quiet()
-    name = Path(arguments.model).name
-    rows, trained = kept_rows(f"paper-{name}"), {}
-    done = {(row["method"], row["ratio"]) for row in rows}
+    name = f"paper-{Path(arguments.model).name}"
+    rows = kept_rows(name)
+    trained: dict[str, Any] = {}
+    check_settings(rows, settings_of(arguments), name)
     device = machine(torch.device(arguments.device))
     for method, ratio in lines(arguments):
-        if (method, ratio) in done:
-            continue
-        rows += rows_of(method, ratio, arguments, trained)
-        keep_result(f"paper-{name}", rows)
-        (RESULTS / f"paper-{name}.md").write_text(page(rows, name, device), encoding="utf-8")
-        print(page(rows, name, device), flush=True)
+        done = {
+            row["recovered"] for row in rows if (row["method"], row["ratio"]) == (method, ratio)
+        }
+        asked = (None,) if method == "dense" or not arguments.recover else (None, arguments.recover)
+        wanted = [text for text in asked if text not in done]
+        for row in rows_of(method, ratio, wanted, arguments, trained) if wanted else ():
+            rows = sorted([*rows, row], key=_place)
+            keep_result(name, rows)
+            text = page(rows, name.removeprefix("paper-"), device)
+            (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+            print(text, flush=True)
+
+
+def _place(row: dict[str, Any]) -> tuple[int, float, str]:
+    """Return where a line stands on the page."""
+    return ("dense", *METHODS).index(row["method"]), row["ratio"], row["recovered"] or ""
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 Rows are removed by the default recipe, which leaves little to win back, and at random, which leaves
 much. Then `yopo.recover` trains with its default settings on 128 windows of 256 tokens, 12 of them
-held out: text that the dense model writes, real text, and real text with the dense model as the
-teacher; and for the default recipe on 512 windows that the dense model writes. Writes
-results/recovery.json and .md.
+held out and 4 that fill no batch left out: text that the dense model writes, real text, and real
+text with the dense model as the teacher; and for the default recipe on 512 windows that the dense
+model writes. Writes results/recovery.json and .md.
 """
 
 import copy
@@ -113,8 +113,8 @@ def _page(rows: list[dict[str, Any]]) -> str:
         "",
         "Share of the lost log-perplexity on held-out text that is won back; a minus is a further "
         'loss. "self" is text that the dense model writes, with the dense model as the teacher; '
-        '"text" is real text without a teacher. 116 windows of 256 tokens, each seen twice; "4 '
-        'times as much" is 461 of them. The real text of the models other than the embedded one is '
+        '"text" is real text without a teacher. 112 windows of 256 tokens, each seen twice; "4 '
+        'times as much" is 456 of them. The real text of the models other than the embedded one is '
         "WikiText-2's validation part, which they were trained on; the test is its test part, "
         "which they were not.",
         "",

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import create_repo, upload_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yopo
@@ -19,19 +20,20 @@ source = sys.argv[2] if len(sys.argv) > 2 else str(model_path())
 
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(source)
-yopo.PolicyPruner.lean().fit(model).prune(model, 0.3)
+pruner = yopo.PolicyPruner.lean().fit(model)
+pruner.prune(model, 0.3)
 
-if name is None:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pruner.report.write_card(folder)
+    if name is None:
         for file in sorted(Path(folder).iterdir()):
             print(f"{file.stat().st_size:>10,} bytes  {file.name}")
-    print("Nothing was uploaded. Name a place: python examples/push_to_hub.py USER/NAME")
-    sys.exit()
-
-model.push_to_hub(name, tags=["pruned", "yopo"])
-tokenizer.push_to_hub(name)
+        print("Nothing was uploaded. Name a place: python examples/push_to_hub.py USER/NAME")
+        sys.exit()
+    create_repo(name, exist_ok=True)
+    upload_folder(repo_id=name, folder_path=folder)
 
 loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 ids = torch.arange(3, 40)[None]

@@ -1,6 +1,5 @@
 """A checkpoint on disk as a model without weights, to which they come one FFN at a time."""
 
-import json
 import threading
 import weakref
 from collections import Counter
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from yopo.adapters import SOURCES, Ffn, check_stored, find_ffns
-from yopo.errors import InvalidArgumentError, UnsupportedModelError
+from yopo.checkpoint_files import folder_of, weight_files
+from yopo.errors import UnsupportedModelError
 from yopo.loading import build_on_meta, read_config
 from yopo.shards import DTYPES, Stored, read_header
 from yopo.stored import Axis, Run, axes_of, find_runs
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +55,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             pruned.
         OSError: If there is no such folder and no such model on the hub.
     """
-    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source))
-    shards = {file: read_header(file) for file in _weight_files(folder)}
+    folder = folder_of(source)
+    shards = {file: read_header(file) for file in weight_files(folder)}
     stored = {tensor.name: tensor for tensors, _ in shards.values() for tensor in tensors}
     config, model_class, widths = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -80,63 +78,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             )
     SOURCES[model] = _Source(model, stored, runs, axes).given
     return Checkpoint(folder, shards, model, find_ffns(model), runs)
-
-
-def _downloaded(name: str) -> Path:
-    """Return the folder to which a model on the hub has been downloaded.
-
-    Raises:
-        OSError: If it has not.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"`{name}` is no folder, and no model on the hub: {reason}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold the model.
-
-    Raises:
-        InvalidArgumentError: If there are none, or some that the index names are missing.
-        UnsupportedModelError: If the folder holds pickles or an adapter instead.
-    """
-    if (folder / WEIGHTS).is_file():  # transformers looks for this one first, too
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            names = sorted({str(name) for name in index["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidArgumentError(f"`{folder / INDEX}` is damaged: {error}.") from error
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise InvalidArgumentError(
-                    f"`{folder / INDEX}` names `{name}`, which is missing. Download it again."
-                )
-        return [folder / name for name in names]
-    if (folder / "adapter_config.json").is_file():
-        raise UnsupportedModelError(
-            f"`{folder}` holds a PEFT adapter, no model. Merge it first: `PeftModel.from_pretrained"
-            "(…).merge_and_unload().save_pretrained(folder)`."
-        )
-    pickles = sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")
-    )
-    if pickles:
-        raise UnsupportedModelError(
-            f"`{folder}` holds its weights as a pickle (`{pickles[0]}`), which may run code when "
-            "opened and cannot be read a piece at a time. Convert it where you trust it: "
-            f"`AutoModel.from_pretrained({str(folder)!r}).save_pretrained(folder)` with the class "
-            "that the config names, and prune that folder."
-        )
-    raise InvalidArgumentError(
-        f"`{folder}` holds no weights: neither `{WEIGHTS}` nor `{INDEX}` is there."
-    )
 
 
 def _dtype(stored: Iterable[Stored]) -> torch.dtype:

@@ -4,14 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from yopo.adapters import find_ffns
 from yopo.adapters.attention import find_attention_units
 from yopo.errors import InvalidArgumentError
 from yopo.plan import PruningPlan
+from yopo.shards import read_header
 from yopo.surgery import cut_rows
 from yopo.upkeep import WIDTHS_KEY
+
+_WAY_OUT = (
+    "Where the code of a model is no part of transformers, load it yourself and pass the model: "
+    "`PolicyPruner().fit(model).prune(model)`."
+)
 
 
 def load(source: str | Path, **kwargs: Any) -> Any:
@@ -28,17 +35,25 @@ def load(source: str | Path, **kwargs: Any) -> Any:
         The model, an instance of the class that its config names.
 
     Raises:
-        InvalidArgumentError: If the folder holds no config, names no class of transformers, or
-            gives widths that the model does not have.
+        InvalidArgumentError: If the folder holds no config, or one that transformers cannot use,
+            names no class of transformers, or gives widths that the model does not have; or if its
+            weights are damaged.
         OSError: If there is no such folder and no such model on the hub.
 
     Example:
-        >>> model = yopo.load("llama-pruned", dtype="auto")  # doctest: +SKIP
+        >>> model = yopo.load("llama-pruned", dtype="auto")
     """
     _, model_class, widths = read_config(source)
-    if not widths:
-        return model_class.from_pretrained(source, **kwargs)
-    model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
+    try:
+        if not widths:
+            return model_class.from_pretrained(source, **kwargs)
+        model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
+    except SafetensorError as error:
+        for file in sorted(Path(source).glob("*.safetensors")):
+            read_header(file)  # tells which one is damaged
+        raise InvalidArgumentError(
+            f"the weights of `{source}` are damaged: {error}. Download or save them again."
+        ) from error
     model.__class__ = model_class
     return model
 
@@ -46,23 +61,39 @@ def load(source: str | Path, **kwargs: Any) -> Any:
 def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
     """Return the config of a model, its class, and the widths that no config field expresses.
 
+    No code is run that comes with a model.
+
     Args:
         source: As for `load`.
 
     Raises:
-        InvalidArgumentError: If the folder holds no config, or names no class of transformers.
+        InvalidArgumentError: If the folder holds no config, or one that transformers cannot use, or
+            names no class of transformers.
+        OSError: If there is no such folder and no such model on the hub.
     """
     import transformers
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise InvalidArgumentError(f"`{source}` holds no model: `config.json` is missing.")
-    config = transformers.AutoConfig.from_pretrained(source)
-    names = config.architectures or [None]
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # each kind of damage has another type
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")
+        raise InvalidArgumentError(
+            f"transformers cannot use the config of `{source}`: {reason}. {_WAY_OUT}"
+        ) from error
+    names = [None] if config.architectures in (None, []) else config.architectures
+    if not isinstance(names, list):
+        raise InvalidArgumentError(
+            f"`architectures` in the config of `{source}` must be a list of names, got {names!r}."
+        )
     model_class = getattr(transformers, str(names[0]), None)
     if model_class is None:
         raise InvalidArgumentError(
             f"the config of `{source}` names the architecture {names[0]!r}, which transformers "
-            "does not have."
+            f"does not have. {_WAY_OUT}"
         )
     return config, model_class, getattr(config, WIDTHS_KEY, None) or {}
 

@@ -1,10 +1,9 @@
 """Prune checkpoints on disk, larger than memory or not."""
 
-import errno
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +15,18 @@ from yopo.budget import RatioOf
 from yopo.calls import Verbatim, lasting, written_call
 from yopo.card import set_aside
 from yopo.checkpoint import Checkpoint, open_checkpoint
-from yopo.errors import InvalidArgumentError, YopoError
+from yopo.errors import InvalidArgumentError
 from yopo.parallel import map_on_threads
 from yopo.plan import PruningPlan
 from yopo.pruner import PolicyPruner
 from yopo.pruning_report import REPORT_FILE, PruningReport, report_of
-from yopo.ranks import check_agreement, gather, own, rank_and_count
+from yopo.ranks import check_agreement, failing_together, own, rank_and_count
 from yopo.report import Sizes, sizes_of
 from yopo.restore import Restored
 from yopo.rewriting import Rewriting, write_other_files
 from yopo.shards import read_header, write_shard
-from yopo.staging import check_target, staged, staging_folder
+from yopo.staging import check_space, check_target, staged, staging_folder
 from yopo.surgery import apply_plan, check_plan
-
-_SPARE = 2**20
-"""Bytes that must stay free on the disk."""
 
 _RESTORED = ".restored"
 """Folder below the staged one that holds re-solved matrices until they are written."""
@@ -53,10 +49,11 @@ def prune_checkpoint(
 
     Of the weights, one FFN at a time is mapped into memory and decided on. Then each file is
     written anew: what stays as it is goes from disk to disk, matrices of FFNs are cut a part at a
-    time. The result equals, tensor by tensor, the same model loaded, pruned by the same pruner and
-    saved; names and shards are those of the source, and every other file of the folder comes along,
-    but for weights in other formats. Beside them lie a model card, `README.md`, and a report,
-    `pruning_report.json`; the card of the source becomes `README.dense.md`.
+    time. The result equals, tensor by tensor, the same model loaded, pruned by the same pruner,
+    whose evidence is weights, and saved; names and shards are those of the source, and every other
+    file of the folder comes along, but for weights in other formats. Beside them lie a model card,
+    `README.md`, and a report, `pruning_report.json`; the card of the source becomes
+    `README.dense.md`.
 
     `target` is there whole or not at all: it is written under another name, and a run that was
     killed is started over by the next. Where `torchrun` has started several processes, each calls
@@ -81,8 +78,8 @@ def prune_checkpoint(
 
     Raises:
         InvalidArgumentError: If `target` is not empty or lies inside the source, files are missing
-            or damaged, another process writes the same target, `plan` comes with a pruner or a
-            size, or as `PolicyPruner.plan`.
+            or damaged, another process writes the same target, `pruner` is none, `plan` comes with
+            a pruner or a size, or as `PolicyPruner.plan`.
         UnsupportedModelError: If the weights are pickles, quantised or an adapter, or as
             `PolicyPruner.plan`.
         PolicyMismatchError: If the policy scores rows of another width.
@@ -105,18 +102,15 @@ def prune_checkpoint(
         bytes=bytes,
         layers=layers,
     )
-    source, target = Path(source), Path(target)
-    asked = (ratio, pruner, parameters, bytes, layers)
-    if plan is not None and (ratio_of != "ffn" or any(value is not None for value in asked)):
-        raise InvalidArgumentError(
-            "`plan` says already which rows stay: give it alone, or say how much goes."
-        )
-    check_target(target, source)
-    checkpoint = open_checkpoint(source)
+    target = Path(target)
+    _check_asked(plan, ratio_of, ratio, pruner, parameters, bytes, layers)
     is_first = rank_and_count()[0] == 0
-    check_agreement("prune_checkpoint", source.absolute(), target.absolute())
-    with staged(target) if is_first else nullcontext(staging_folder(target)) as folder:
-        gather([None])  # all wait until the folder is there
+    check_agreement("prune_checkpoint", Path(source).absolute(), target.absolute())
+    with ExitStack() as stack:
+        with failing_together():  # all wait until the folder is there
+            check_target(target, Path(source))
+            checkpoint = open_checkpoint(source)
+            folder = stack.enter_context(staged(target)) if is_first else staging_folder(target)
         started = time.perf_counter()
         if plan is None:
             pruner = PolicyPruner.lean() if pruner is None else pruner
@@ -131,11 +125,25 @@ def prune_checkpoint(
             source=source,
             seconds={"decide": decided - started, "cut": time.perf_counter() - decided},
         )
-        if is_first:
-            shutil.rmtree(folder / _RESTORED, ignore_errors=True)
-            _write_card(folder, report)
-    gather([None])  # and until it has its name
+        with failing_together():  # and until it has its name
+            if is_first:
+                shutil.rmtree(folder / _RESTORED, ignore_errors=True)
+                _write_card(folder, report)
+            stack.close()
     return plan
+
+
+def _check_asked(plan: object, ratio_of: str, ratio: object, pruner: object, *more: object) -> None:
+    """Check that a pruner is one, and that nothing says how much goes where there is a plan."""
+    asked = (ratio, pruner, *more)
+    if plan is not None and (ratio_of != "ffn" or any(value is not None for value in asked)):
+        raise InvalidArgumentError(
+            "`plan` says already which rows stay: give it alone, or say how much goes."
+        )
+    if not isinstance(pruner, PolicyPruner | None):
+        raise InvalidArgumentError(
+            f"`pruner` must be a PolicyPruner, such as `PolicyPruner.lean()`, got {pruner!r}."
+        )
 
 
 def _decide(
@@ -151,25 +159,37 @@ def _decide(
     """Return the plan, having put re-solved matrices on the disk."""
     if not pruner.is_fitted:
         pruner.fit(checkpoint.model)
-    (folder / _RESTORED).mkdir(exist_ok=True)
+    failures: list[Exception] = []
     decision = pruner.decide(
         checkpoint.model,
         pruner.budget(ratio, ratio_of=ratio_of, parameters=parameters, bytes=size),
         layers=layers,
-        put_away=partial(_put_away, folder / _RESTORED),
+        put_away=partial(_put_away, folder / _RESTORED, failures),
     )
+    with failing_together():
+        if failures:
+            raise failures[0]
     return decision.plan
 
 
-def _put_away(folder: Path, name: str, restored: Restored) -> None:
+def _put_away(folder: Path, failures: list[Exception], name: str, restored: Restored) -> None:
+    """Write what was re-solved to the disk; if that fails, note it for other ranks to hear of.
+
+    Raises:
+        OSError: At once, where there are no other ranks.
+    """
     tensors = {"contract": restored.contract_KD.contiguous()}
     if restored.bias_D is not None:
         tensors["bias"] = restored.bias_D.contiguous()
     file = folder / f"{name}.safetensors"
     try:
+        folder.mkdir(exist_ok=True)
         save_file(tensors, file)
-    except SafetensorError as error:  # which says in words alone that the disk is full
-        raise OSError(f"cannot write `{file}`: {error}") from error
+    except (SafetensorError, OSError) as error:  # the first says in words that the disk is full
+        failed = OSError(f"cannot write `{file}`: {error}")
+        if rank_and_count()[1] == 1:
+            raise failed from error
+        failures.append(failed)
 
 
 def _taken_out(folder: Path, name: str) -> tuple[Tensor, Tensor | None] | None:
@@ -185,10 +205,6 @@ def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> tuple[Siz
     """Write the files of the model, and return its sizes before and after.
 
     Of the shards each rank writes its own, and all see whether all could.
-
-    Raises:
-        YopoError: If another rank could not.
-        OSError: If the disk is full.
     """
     check_plan(checkpoint.ffns, plan)
     rewriting = Rewriting(checkpoint, plan, partial(_taken_out, folder / _RESTORED))
@@ -197,22 +213,17 @@ def _write(checkpoint: Checkpoint, folder: Path, plan: PruningPlan) -> tuple[Siz
         sizes_of(checkpoint.model, checkpoint.ffns, widths) for widths in (None, plan.widths)
     )
     apply_plan(checkpoint.model, plan, ffns=checkpoint.ffns)  # changes the config
-    problem: Exception | None = None
-    try:
-        if rank_and_count()[0] == 0:
-            _check_space(checkpoint, folder, rewriting)
+    is_first = rank_and_count()[0] == 0
+    with failing_together():
+        if is_first:
+            tensors = [tensor for found, _ in checkpoint.shards.values() for tensor in found]
+            check_space(folder, sum(rewriting.piece(tensor).bytes for tensor in tensors))
         map_on_threads(
             partial(_write_shard, checkpoint, folder, rewriting), own(list(checkpoint.shards))
         )
-    except (OSError, YopoError) as error:
-        problem = error
-    problems = [text for text in gather([problem and str(problem)]) if text]
-    if problem is not None:
-        raise problem
-    if problems:
-        raise YopoError(f"another rank of this run failed: {problems[0]}")
-    if rank_and_count()[0] == 0:
-        write_other_files(checkpoint, folder, old_config)
+    with failing_together():
+        if is_first:
+            write_other_files(checkpoint, folder, old_config)
     return before, after
 
 
@@ -228,20 +239,3 @@ def _write_card(folder: Path, report: PruningReport) -> None:
 def _write_shard(checkpoint: Checkpoint, folder: Path, rewriting: Rewriting, file: Path) -> None:
     tensors, metadata = checkpoint.shards[file]
     write_shard(folder / file.name, [rewriting.piece(tensor) for tensor in tensors], metadata)
-
-
-def _check_space(checkpoint: Checkpoint, folder: Path, rewriting: Rewriting) -> None:
-    """Check that the disk holds what will be written.
-
-    Raises:
-        OSError: If it does not.
-    """
-    tensors = [tensor for found, _ in checkpoint.shards.values() for tensor in found]
-    needed = sum(rewriting.piece(tensor).bytes for tensor in tensors) + _SPARE
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the pruned checkpoint takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            str(folder.parent),
-        )

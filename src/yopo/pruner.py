@@ -56,9 +56,10 @@ class PolicyPruner:
             spectral reward they are sets of rows of a layer, else policies.
         reward: "output" for the error of the FFNs' output after restoring; "divergence" for that
             of the model's predictions, on text that it writes itself; "spectral" for the paper's
-            distance between singular values. Or a function, which gets the model and M draws of
-            kept rows `(M, K)` by FFN name, and returns what they earn: `(M,)`, or `(L, M)` for
-            each FFN its own, the more the better. The model is not cut then.
+            distance between singular values. Or a function, which gets the model and kept rows
+            `(M, K)` by FFN name, and returns what each set earns: `(M,)`, or `(L, M)` for each
+            FFN its own, the more the better. M is `samples` + 1: the last rows are those of the
+            present policy. The model is not cut then.
         evidence: What is known of the hidden units: "self" for text that the model writes itself,
             "weights" for inputs imagined from weights alone, "auto" for the first where the model
             can write and the second elsewhere. Token ids `(N, W)` work too, and are calibration
@@ -142,7 +143,8 @@ class PolicyPruner:
 
         Its scorer is a linear probe of the rows of the gate matrix (fc1), its rows are drawn at
         random both in training and at prune time, widths are exactly `int((1 - ratio) * n)`, and
-        nothing is restored.
+        nothing is restored. Differs from the paper: where experts share a tensor and their width is
+        a multiple of 8, it stays one, as grouped products need.
 
         Args:
             ratio: As for `PolicyPruner`.

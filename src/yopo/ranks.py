@@ -5,7 +5,8 @@ of the others what they have found, so that all end with the same. Piece n belon
 their number. Without `torchrun` there is one rank, and it owns everything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -91,6 +92,28 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     if told is not None:
         raise YopoError(told) from failed
     return cast(Result, found)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Wait at the end of a block for all ranks, and fail on all if one has failed within it.
+
+    Inside, ranks must not ask for what others have found.
+
+    Raises:
+        YopoError: If another rank has failed; its own error is raised on the rank itself.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except (OSError, YopoError) as error:
+        failed = error
+    texts = gather([None if failed is None else str(failed)])
+    told = [text for text in texts if text is not None]
+    if failed is not None:
+        raise failed
+    if told:
+        raise YopoError(f"another rank of this run failed: {told[0]}")
 
 
 def check_agreement(job: str, *arguments: object) -> None:

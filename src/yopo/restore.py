@@ -49,11 +49,11 @@ def restore_contract(
     """Return the contract matrix of the kept rows that best repeats the output of all rows.
 
     Least squares on the second moments H of the hidden units, with C the dropped columns:
-    W = W_K + (H_KK + λI)⁻¹ H_KC W_C, where λ = `ridge` · mean diag H. The ridge pulls towards the
-    weights as they are, so that directions without evidence stay untouched. Where there is a bias,
-    moments are central and the bias absorbs the means. The result is rounded to `dtype` before its
-    error is measured; should it not beat the weights as they are, those are returned, and the log
-    says so.
+    W = W_K + (H_KK + λI)⁻¹ H_KC W_C, where λ = `ridge` · mean diag H_KK. The ridge pulls towards
+    the weights as they are, so that directions without evidence stay untouched. Where there is a
+    bias, moments are central and the bias absorbs the means. The result is rounded to `dtype`
+    before its error is measured; should it not beat the weights as they are, those are returned,
+    and the log says so.
 
     Args:
         moments: What is known of the hidden units.
@@ -61,7 +61,7 @@ def restore_contract(
         bias_D: Its bias, if it has one.
         kept_K: Rows that stay.
         dtype: The dtype in which the result will be stored.
-        ridge: λ as a share of the mean diagonal.
+        ridge: λ as a share of the mean diagonal of H_KK.
         name: What the log calls the FFN.
     """
     second_FF = moments.behind(bias_D)

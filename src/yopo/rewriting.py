@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.checkpoint import INDEX, WEIGHTS, Checkpoint
+from yopo.checkpoint import Checkpoint
+from yopo.checkpoint_files import INDEX, WEIGHTS
 from yopo.plan import PruningPlan
 from yopo.shards import DTYPES, Piece, Stored, read_header
 from yopo.stored import Run

@@ -54,7 +54,12 @@ class HiddenUnits:
 
     @torch.no_grad()
     def set_gradients(self, gradient_E: Tensor) -> Tensor:
-        """Set their gradients to what one of v and c makes them; return the squared norm."""
+        """Set their gradients to what one of v and c makes them; return the squared norm.
+
+        Args:
+            gradient_E: That of v and c, on whatever device the scored rows are.
+        """
+        gradient_E = gradient_E.to(self.weight_NE.device)
         self.weight_NE.grad = torch.outer(self.row_vector_N, gradient_E)
         self.row_vector_N.grad = self.weight_NE @ gradient_E
         norms = [self.row_vector_N.norm() * gradient_E.norm(), self.row_vector_N.grad.norm()]

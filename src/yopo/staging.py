@@ -4,6 +4,7 @@ What is written goes into a hidden folder beside the place that it is for, which
 the end. Killed before, a process leaves only that hidden folder, which the next one clears away.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ try:
     import fcntl
 except ImportError:  # Windows, where nobody is told that two processes write one folder
     fcntl = None  # type: ignore[assignment]
+
+_SPARE = 2**20
+"""Bytes that must stay free on the disk."""
 
 
 def check_target(target: Path, source: Path) -> None:
@@ -30,6 +34,22 @@ def check_target(target: Path, source: Path) -> None:
         raise InvalidArgumentError(f"`{target}` exists and is not empty. Name another folder.")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise InvalidArgumentError(f"`{target}` lies inside the source `{source}`.")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check that the disk of a folder holds so many bytes more.
+
+    Raises:
+        OSError: If it does not.
+    """
+    needed, free = needed + _SPARE, shutil.disk_usage(folder).free
+    if free < needed:
+        told = f"the pruned checkpoint takes {_size(needed)}, and {_size(free)} are free"
+        raise OSError(errno.ENOSPC, told, str(folder.parent))
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def staging_folder(target: Path) -> Path:
@@ -75,10 +95,12 @@ def _locked(file: Path, target: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The one before may have removed the file in the meantime.
-                is_there = os.fstat(lock.fileno()).st_ino == file.stat().st_ino
-            except OSError:
-                is_there = False
-            if not is_there:
+                is_ours = os.fstat(lock.fileno()).st_ino == file.stat().st_ino
+            except (BlockingIOError, FileNotFoundError):
+                is_ours = False
+            except OSError:  # a disk without locks, where nobody is told either
+                is_ours = True
+            if not is_ours:
                 raise InvalidArgumentError(
                     f"another process is writing `{target}` at this moment. Wait for it, or name "
                     "another folder."

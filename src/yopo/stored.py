@@ -118,14 +118,40 @@ def find_runs(
     for place, label in labels.items():
         name = names[int(label.reshape(-1)[0]) >> _PARAMETER]
         shape = parameters[name].shape[axes[name].has_experts :]
-        found = runs[place] = list(_runs(name, axes[name], label, len(shape)))
-        if place not in stored or not _fits(found, stored[place], axes[name].rows, shape):
-            raise UnsupportedModelError(
-                f"the checkpoint does not store `{name}` of {type(model).__name__} as transformers "
-                f"does, which would be as `{place}`. Load it with transformers, save it with "
-                "`save_pretrained`, and prune that."
-            )
+        runs[place] = list(_runs(name, axes[name], label, len(shape)))
+        _check(place, runs[place], stored, axes[name].rows, shape)
     return runs
+
+
+def _check(
+    place: str,
+    runs: Sequence[Run],
+    stored: Mapping[str, Stored],
+    rows: int | None,
+    shape: torch.Size,
+) -> None:
+    """Refuse a checkpoint in which a tensor is missing, or has another shape than its runs need.
+
+    Args:
+        place: Name of the tensor.
+        runs: What it should hold.
+        stored: What there is on disk, by name.
+        rows: The axis that rows run along in memory.
+        shape: Shape in memory of what the runs are parts of.
+    """
+    if place not in stored:
+        told = "is missing from the checkpoint"
+    else:
+        found = stored[place].shape
+        experts = (len(runs),) if len(found) > len(shape) else ()
+        needed = experts + _shape_of(runs[0], rows, shape)
+        if found == needed:
+            return
+        told = f"has shape {found} in the checkpoint, where the config asks for {needed}"
+    raise UnsupportedModelError(
+        f"`{place}` {told}. Correct the config; or, where transformers loads the model all the "
+        "same, save it with `save_pretrained`, and prune that."
+    )
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
@@ -181,21 +207,6 @@ def _runs(name: str, axis: Axis, label: Tensor, rank: int) -> Iterator[Run]:
         along = 1 if is_same else 0
         line_N = matrix.select(1 - along, 0) if rank == 2 else matrix
         yield Run(name, expert, rank, along, line_N & 2**_EXPERT - 1)
-
-
-def _fits(runs: list[Run], stored: Stored, rows: int | None, shape: torch.Size) -> bool:
-    """Tell whether a tensor on disk has the shape that its runs need.
-
-    Args:
-        runs: What it holds.
-        stored: The tensor.
-        rows: The axis that rows run along in memory.
-        shape: Shape in memory of what the runs are parts of.
-    """
-    experts = max(0, len(stored.shape) - len(shape))
-    return stored.shape[:experts] in ((), (len(runs),)) and all(
-        stored.shape[experts:] == _shape_of(run, rows, shape) for run in runs
-    )
 
 
 def _shape_of(run: Run, rows: int | None, shape: torch.Size) -> tuple[int, ...]:

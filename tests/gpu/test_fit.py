@@ -73,6 +73,17 @@ def test_training_gives_the_episodes_of_the_cpu(tiny_model):
         assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=1e-3)
 
 
+def test_a_model_spread_over_devices_is_trained_as_on_one(tiny_model):
+    expected = yopo.PolicyPruner.prunenet(episodes=2).fit(tiny_model("llama")).history
+    model = tiny_model("llama")
+    model.model.layers[1].to("cuda")
+    for found, episode in zip(
+        yopo.PolicyPruner.prunenet(episodes=2).fit(model).history, expected, strict=True
+    ):
+        assert found.ks == pytest.approx(episode.ks, abs=1e-3)
+        assert found.gradient_norm == pytest.approx(episode.gradient_norm, rel=1e-3)
+
+
 def test_twenty_episodes_of_llama_2_7b_take_less_than_a_minute():
     layers = 4
     model = llama(layers)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import yopo
 from conftest import environment_of_tests, run_python
 from forking import Forking
+from yopo.card import MARK
 from yopo.embedded import model_path
 from yopo.plan import kept_width
 
@@ -77,7 +78,9 @@ def test_a_pruned_model_is_pushed_and_loaded_again(small, hub):
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
     assert json.loads(files["config.json"])["intermediate_size"] == 78
     assert list(server.large.values()) == [files["model.safetensors"]]
-    assert re.search(r"tags:\n- pruned\n- yopo", files["README.md"].decode())
+    assert MARK in files["README.md"].decode()
+    assert re.search(r"tags:\n- yopo\n- pruned", files["README.md"].decode())
+    assert json.loads(files["pruning_report.json"])["ratio"]["asked"] == 0.3
 
 
 def test_without_a_token_nothing_is_pushed(small, hub):

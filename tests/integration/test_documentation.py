@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import command_line
 import yopo
 from yopo.adapters.layouts import LAYOUTS
 from yopo.cli import main
@@ -262,6 +263,11 @@ def test_every_public_name_has_one_place_in_the_reference():
     pages = (ROOT / "docs" / "reference").glob("*.md")
     told = re.findall(r"^::: (\S+)$", "\n".join(p.read_text("utf-8") for p in pages), re.MULTILINE)
     assert sorted(told) == sorted(dict(public_names()))
+
+
+def test_the_page_of_the_command_line_is_up_to_date():
+    """Else run `python benchmarks/command_line.py`."""
+    assert command_line.PAGE.read_text(encoding="utf-8") == command_line.page()
 
 
 def test_every_page_has_an_example():

@@ -252,7 +252,7 @@ def test_a_disk_that_is_really_full_ends_the_run_and_leaves_nothing(
 
 def test_a_disk_that_is_too_small_is_told_beforehand(source, small_disk):
     disk = small_disk(200)
-    with pytest.raises(OSError, match=r"and 0\.0 GB are free"):
+    with pytest.raises(OSError, match=r"and 0\.2 MB are free"):
         yopo.prune_checkpoint(source, disk / "target", 0.4)
     assert list(disk.iterdir()) == []
 

@@ -1,11 +1,15 @@
 """Several processes, started by torchrun, end with what one process finds, bit for bit."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import yopo
 from conftest import build, files_in, run_python, save
+from yopo import YopoError
+from yopo.ranks import failing_together
 
 WORK = """
 import sys
@@ -107,6 +111,12 @@ def test_ranks_that_do_different_things_are_told_so(tmp_path, run_forked):
     assert "of this run do different things: `fit` shares its work out" in done.stderr
 
 
+def test_an_error_of_another_rank_is_told_even_if_it_says_nothing(monkeypatch):
+    monkeypatch.setattr("yopo.ranks.gather", lambda found: [*found, ""])
+    with pytest.raises(YopoError, match="another rank of this run failed"), failing_together():
+        pass
+
+
 def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path, run_forked):
     code = "import yopo, os, signal; from conftest import build; from yopo import published\n"
     code += "draw, r = published._draw, int(os.environ['RANK'])\n"
@@ -119,6 +129,16 @@ def test_a_rank_that_dies_ends_the_run_with_an_error(tmp_path, run_forked):
     assert "SIGKILL" in done.stderr
 
 
+STEPS = {
+    "staged": 0,
+    "open_checkpoint": 1,
+    "save_file": 1,
+    "write_shard": 1,
+    "write_other_files": 0,
+    "_write_card": 0,
+}
+"""Steps of a cut, and which of two ranks fails in each."""
+
 FAILING = """
 import errno, os, signal, sys
 import yopo
@@ -126,10 +146,8 @@ from yopo import on_disk
 
 rank, write = int(os.environ["RANK"]), on_disk.write_shard
 
-def full(file, *rest):
-    if rank:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    write(file, *rest)
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 def dies(file, *rest):
     write(file, *rest)
@@ -137,11 +155,14 @@ def dies(file, *rest):
         os.truncate(file, 100)
         os.kill(os.getpid(), signal.SIGKILL)
 
-on_disk.write_shard = full
-try:
-    yopo.prune_checkpoint("source", "target", 0.4)
-except (OSError, yopo.YopoError) as error:
-    print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+for step, failing in STEPS.items():
+    works = getattr(on_disk, step)
+    setattr(on_disk, step, full if rank == failing else works)
+    try:
+        yopo.prune_checkpoint("source", "target", 0.4)
+    except (OSError, yopo.YopoError) as error:
+        print(f"{step}, rank {rank}: {type(error).__name__}: {error}", flush=True)
+    setattr(on_disk, step, works)
 yopo.ranks.gather([None])
 if not rank:
     print("left:", sorted(os.listdir(".")), flush=True)
@@ -151,13 +172,15 @@ print("done")
 """
 
 
-def test_a_rank_that_fails_or_dies_amid_a_shard_ends_the_run_with_no_target(tmp_path, run_forked):
+def test_a_rank_that_fails_or_dies_ends_the_run_on_all_ranks_with_no_target(tmp_path, run_forked):
     source = save(build("llama"), tmp_path / "source")
     before = files_in(source)
-    (tmp_path / "work.py").write_text(FAILING)
+    (tmp_path / "work.py").write_text(FAILING.replace("STEPS", repr(STEPS)))
     done = run_forked("work.py", ranks=2, cwd=tmp_path)
-    assert "rank 1: OSError: [Errno 28] No space left on device" in done.stdout
-    assert "rank 0: YopoError: another rank of this run failed: [Errno 28] No sp" in done.stdout
+    for step, failing in STEPS.items():
+        assert re.search(rf"{step}, rank {failing}: OSError: .*No space left", done.stdout), step
+        told = f"{step}, rank {1 - failing}: YopoError: another rank of this run failed: "
+        assert told in done.stdout
     assert "left: ['source', 'work.py']" in done.stdout
     assert done.returncode != 0
     assert "done" not in done.stdout

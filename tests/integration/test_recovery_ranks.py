@@ -1,5 +1,7 @@
 """Several processes, started by torchrun, recover the same model together."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +11,7 @@ from conftest import run_python
 WORK = """
 import logging, os, sys
 import torch, yopo
+from yopo.recovery.adapter import Trained
 from conftest import build
 from safetensors.torch import save_file
 from dataclasses import replace
@@ -32,6 +35,14 @@ try:
     yopo.recover(build("llama"), tokens, settings=replace(settings, batch=3))
 except yopo.InvalidArgumentError as error:
     print(error)
+def full(self, file):
+    raise OSError(28, "No space left on device")
+
+Trained.save = full
+try:
+    yopo.recover(build("llama"), tokens, settings=settings, output=f"{sys.argv[1]}-full")
+except yopo.YopoError as error:
+    print("told", error)
 rank = os.environ.get("RANK", "0")
 found = {n: t.detach().clone() for n, t in found.items()}
 save_file(found, f"{sys.argv[1]}-{rank}.safetensors")
@@ -53,6 +64,10 @@ def test_all_ranks_end_with_the_weights_that_one_process_finds(alone):
     folder, expected = alone
     done = run_python(*TORCHRUN, folder / "work.py", "two", cwd=folder)
     assert done.returncode == 0, done.stderr
+    full = re.findall(
+        r"^told cannot write the checkpoint .*No space left", done.stdout, re.MULTILINE
+    )
+    assert len(full) == 2
     assert "`batch=3` cannot be shared evenly by 2 ranks" in done.stdout
     first, second = (load_file(folder / f"two-{rank}.safetensors") for rank in range(2))
     for name, tensor in expected.items():

@@ -1,11 +1,15 @@
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yopo
+from conftest import GOLDEN
 from yopo.cli import main
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
@@ -71,7 +75,33 @@ def test_chosen_layers_alone_are_cut_and_loaded_again(saved, tmp_path):
         (["prune", "{model}", "--output", "{new}", "--policy", "{new}"], "holds no policy"),
         (["fit", "{model}", "--output", "{file}/policy"], "cannot write the policy"),
         (["sparsify", "{model}", "--output", "{model}"], "exists and is not empty"),
+        (["sparsify", "{model}", "--output", "{file}"], "{file}` exists and is no folder"),
+        (["recover", "{model}", "--output", "{file}"], "{file}` exists and is no folder"),
+        (["prune", "{model}", "--output", "{model}/a", "--dtype", "float32"], "inside the source"),
         (["sparsify", "{model}", "--output", "{new}", "--pattern", "2:5"], "do not divide"),
+        (
+            "sparsify {model} --output {new} --structured".split(),
+            "`--structured` needs `--sparsity`, the share of FFN rows to remove",
+        ),
+        (
+            "sparsify {model} --output {new} --structured --sparsity 0.5 --pattern 2:4".split(),
+            "`--structured` does not go with `--pattern`",
+        ),
+        (
+            "evolve {model} --output {new} --rows --text {file}".split(),
+            "`--rows` does not go with `--text`",
+        ),
+        (
+            "evolve {model} --output {new} --rows --pattern 2:4".split(),
+            "`--rows` does not go with `--pattern`",
+        ),
+        (
+            "evolve {model} --output {new} --rows --sparsity 0.9".split(),
+            "`--rows` does not go with `--sparsity`",
+        ),
+        ("evolve {model} --output {new} --ratio 0.9".split(), "`--ratio` needs `--rows`"),
+        ("evolve {new} --output {model}".split(), "{model} exists and holds no search"),
+        ("evolve {new} --output {new} --offspring 0".split(), "`offspring` must be"),
         (["report", "{model}"], "{model}` holds no report: `pruning_report.json` is missing"),
         (["report", "{new}"], "{new}` holds no report"),
         (["info", "{folder}"], "config.json"),
@@ -130,15 +160,62 @@ def test_eval_measures_both_models_and_writes_the_figures_into_the_card(tmp_path
     assert found["perplexity"][text] == expected
     assert found["tasks"]["piqa"]["questions"] == 3
     told = capsys.readouterr().out
+    card = (pruned / "README.md").read_text()
     for value in expected:
         assert f"{value:.3f}" in told
-        assert f"{value:.3f}" in (pruned / "README.md").read_text()
+        assert f"{value:.3f}" in card
+    assert re.search(rf"{text}: window 256, tokens \d+, dtype float32\.", card)
+
+
+def test_eval_shows_each_figure_as_it_comes_and_says_how_it_was_measured(tmp_path, capsys):
+    dense, text, figures = str(model_path()), tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text(write_text(HELD_OUT_SEED, 3000))
+    asked = ["eval", dense, "--text", str(text), "--dtype", "float32", "--window", "64"]
+    tasks = ["--data-dir", str(tmp_path), "--tasks", "piqa"]
+    assert main([*asked, *tasks]) == 2  # there are no questions
+    told = capsys.readouterr()
+    assert "piqa.jsonl` is missing" in told.err
+    value = yopo.perplexity(
+        yopo.load(dense, dtype=torch.float32),
+        text,
+        tokenizer=AutoTokenizer.from_pretrained(dense),
+        window=64,
+    )
+    assert f"{dense}: perplexity {value:.3f} on {text}" in told.out
+    assert main([*asked, "--json", str(figures), "--batch", "1"]) == 0
+    tokens = len(AutoTokenizer.from_pretrained(dense)(text.read_text()).input_ids)
+    expected = {"window": 64, "tokens": tokens, "dtype": "float32"}
+    assert json.loads(figures.read_text())["measured"] == {str(text): expected}
+
+
+def test_eval_batches_windows_as_it_is_told(tmp_path, monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        "yopo.cli.figures.perplexity", lambda *_, **named: batches.append(named["batch"]) or 3.0
+    )
+    (tmp_path / "text.txt").write_text(write_text(HELD_OUT_SEED, 300))
+    asked = ["eval", str(model_path()), "--text", str(tmp_path / "text.txt"), "--batch", "3"]
+    assert main(asked) == 0
+    assert batches == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure: name `--text` or `--tasks`"),
+        (["--text", "nowhere.txt"], "'nowhere.txt' is no file"),
+        (["--tasks", "piqua", "--data-dir", str(GOLDEN)], "no task 'piqua'"),
+    ],
+)
+def test_eval_looks_at_what_is_asked_for_before_it_loads_a_model(arguments, message, capsys):
+    assert main(["eval", "no-such-model", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_eval_refuses_what_it_could_not_write(saved, tmp_path, capsys):
-    assert main(["eval", saved, "--write-card"]) == 2
+    assert main(["eval", saved, "--text", __file__, "--write-card"]) == 2
     assert "`--against` and `--text`" in capsys.readouterr().err
-    assert main(["eval", saved, "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert main(["eval", saved, "--tasks", "paper", "--json", str(tmp_path / "no/a.json")]) == 2
     assert "does not exist" in capsys.readouterr().err
 
 
@@ -146,6 +223,8 @@ def test_recover_writes_a_model_that_is_nearer_to_its_teacher(tmp_path, capsys):
     dense, pruned, better = str(model_path()), tmp_path / "pruned", tmp_path / "better"
     (tmp_path / "text.txt").write_text(write_text(HELD_OUT_SEED, 30_000))
     assert main(["prune", dense, "--output", str(pruned), "--ratio", "0.5"]) == 0
+    cut = replace(yopo.PruningReport.load(pruned), metadata={"license": "mit"})
+    cut.with_perplexity("text", dense=2.0, pruned=3.0).write_card(pruned)
     asked = ["--teacher", dense, "--data", str(tmp_path / "text.txt"), "--dtype", "float32"]
     assert main(["recover", str(pruned), "--output", str(better), *asked]) == 0
     tokenizer = AutoTokenizer.from_pretrained(better)
@@ -155,11 +234,57 @@ def test_recover_writes_a_model_that_is_nearer_to_its_teacher(tmp_path, capsys):
         for folder in (pruned, better)
     )
     assert after < 0.8 * before
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir()) == [
+        "better",
+        "pruned",
+    ]
+    report = yopo.PruningReport.load(better)
+    assert report == replace(cut, recovery=report.recovery)  # without the scores
+    assert report.recovery["call"].startswith("yopo recover ")
+    assert (report.recovery["data"], report.recovery["rank"]) == ("text.txt", 8)
+    card = (better / "README.md").read_text()
+    assert "license: mit" in card
+    assert report.recovery["call"] in card
     assert main(["recover", str(pruned), "--output", str(better), *asked]) == 2
     assert "not empty" in capsys.readouterr().err
     other = ["--output", str(tmp_path / "other"), "--data", "wikitext2"]
     assert main(["recover", str(pruned), *other]) == 2  # what is measured on is not learned from
     assert "no file" in capsys.readouterr().err
+
+
+def full_disk(self, folder, **_):
+    Path(folder).mkdir(exist_ok=True)
+    (Path(folder) / "config.json").write_text("{}")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+def test_a_full_disk_in_the_end_leaves_nothing_and_the_same_recovery_goes_on(
+    tmp_path, capsys, monkeypatch
+):
+    output, text = tmp_path / "better", tmp_path / "text.txt"
+    text.write_text(write_text(HELD_OUT_SEED, 3000))
+    asked = ["recover", str(model_path()), "--output", str(output), "--data", str(text)]
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedModel.save_pretrained", full_disk)
+        assert main(asked) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"yopo: error: cannot write `{output}`")
+    assert "No space left" in error
+    assert f"the same command goes on from `{output}.checkpoints`" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"better.checkpoints", "text.txt"}
+    monkeypatch.setattr("yopo.recovery.recovering.train_adapters", None)
+    assert main(asked) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"better", "text.txt"}
+
+
+def test_a_full_disk_in_the_end_of_pruning_leaves_nothing(saved, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "pruned"
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full_disk)
+    assert main(["prune", saved, "--output", str(output), "--dtype", "float32"]) == 2
+    assert f"cannot write `{output}`: " in capsys.readouterr().err
+    assert main(["sparsify", saved, "--output", str(output), "--metric", "magnitude"]) == 2
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir() if path != output] == ["model"]
 
 
 @pytest.mark.parametrize(("named", "loads"), [("weights", False), ("self", True)])
@@ -301,7 +426,7 @@ def test_rows_are_removed_by_a_formula_on_the_command_line(saved, tmp_path, caps
 
 def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     arguments = ["evolve", str(model_path()), "--rows", "--output", str(tmp_path / "search")]
-    arguments += ["--population", "3", "--iterations"]
+    arguments += ["--population", "3", "--offspring", "2", "--iterations"]
     assert main([*arguments, "1"]) == 0
     first = capsys.readouterr().out
     assert "best: " in first
@@ -309,6 +434,7 @@ def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     assert main([*arguments, "2"]) == 0
     found = yopo.symbolic.Evolution.load(tmp_path / "search")
     assert len(found.history) == 5
+    assert found.settings.offspring == 2
     assert found.expression.formula() in capsys.readouterr().out
 
 

@@ -17,8 +17,8 @@ MODULES = sorted(file for file in SOURCE.rglob("*.py") if file.name != "__main__
 
 ORDER = (
     "errors generators precision files shards adapters memory parallel ranks damping plan "
-    "sampling upkeep surgery loading stored checkpoint spectrum writing watching moments "
-    "imagining evidence elimination allocation budget features scorer restore lean reward "
+    "sampling upkeep surgery loading stored checkpoint_files checkpoint spectrum writing watching "
+    "moments imagining evidence elimination allocation budget features scorer restore lean reward "
     "divergence criteria policy decision reinforce published training report evaluation "
     "symbolic speed pages plots calls card pruning_report pruner rewriting staging on_disk "
     "recovery embedded demo cli"

@@ -17,6 +17,11 @@ def unevenly_cut(model):
     return model
 
 
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 KINDS = pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "t5", "phi3"])
 
 
@@ -128,12 +133,62 @@ def test_a_config_of_another_library_is_told(tiny_llama, tmp_path):
         file.write_text(json.dumps(config | {"architectures": names}))
         with pytest.raises(InvalidArgumentError, match=r"names the architecture .*does not have"):
             yopo.load(tmp_path)
+    file.write_text(json.dumps(config | {"architectures": "LlamaForCausalLM"}))
+    told = r"`architectures` in the config of .* must be a list of names, got 'LlamaForCausalLM'"
+    with pytest.raises(InvalidArgumentError, match=told):
+        yopo.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "nosuch"}, "model type `nosuch` but Transformers does not recognize"),
+        ({"model_type": None}, "model type `None` but Transformers does not recognize"),
+        ({"model_type": ["llama"]}, "unhashable type"),
+        ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads"),
+        ({"dtype": "float31"}, "float31"),
+    ],
+)
+def test_a_config_that_transformers_cannot_use_is_told(tiny_llama, tmp_path, changes, told):
+    tiny_llama().save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(InvalidArgumentError, match=rf"{told}.*\. Where the code of a model is no"):
+        yopo.load(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_refused_without_a_question(
+    tiny_llama, tmp_path, monkeypatch
+):
+    tiny_llama().save_pretrained(tmp_path)
+    change_config(tmp_path, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (tmp_path / "own.py").write_text("raise SystemExit('foreign code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    told = (
+        r"contains custom code.*load it yourself.*`PolicyPruner\(\)\.fit\(model\)\.prune\(model\)`"
+    )
+    with pytest.raises(InvalidArgumentError, match=told):
+        yopo.load(tmp_path)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize(
+    "text", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"]
+)
+def test_weights_that_are_cut_short_or_no_weights_are_told(tiny_llama, tmp_path, is_cut, text):
+    model = unevenly_cut(tiny_llama()) if is_cut else tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-4] if text is None else text)
+    with pytest.raises(
+        InvalidArgumentError, match=rf"{file.name}` is (cut short|damaged).* again\."
+    ):
+        yopo.load(tmp_path)
 
 
 @pytest.mark.parametrize("widths", [{"model.layers.7.mlp": 8}, {"model.layers.0.mlp": 800}, [3]])
 def test_widths_that_do_not_fit_the_model_are_told(tiny_llama, tmp_path, widths):
     tiny_llama().save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"yopo_widths": widths}))
+    change_config(tmp_path, yopo_widths=widths)
     with pytest.raises(InvalidArgumentError, match=r"`yopo_widths` in the config of .* do not fit"):
         yopo.load(tmp_path)

@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import yopo
 from conftest import CONFIGS, assert_same, build, files_in, save, tensors_in
 from yopo import InvalidArgumentError, PolicyPruner, UnsupportedModelError
-from yopo.checkpoint import INDEX
+from yopo.checkpoint_files import INDEX
 from yopo.criteria import plan_by_criterion, row_norm
 from yopo.shards import read_header
 
@@ -285,6 +286,10 @@ def test_a_plan_goes_with_nothing_that_says_how_much(tmp_path, asked):
         ({"bytes": 10}, r"bytes"),
         ({"layers": ["nothing.*"]}, r"layers"),
         ({"plan": "a plan"}, r"`plan` must be a PruningPlan"),
+        (
+            {"pruner": "lean"},
+            r"`pruner` must be a PolicyPruner, .*`PolicyPruner\.lean\(\)`, got 'le",
+        ),
     ],
     ids=str,
 )
@@ -605,8 +610,22 @@ def test_too_little_disk_is_told_before_a_shard_is_written(tmp_path, monkeypatch
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 1000, 1000))
     monkeypatch.setattr("yopo.on_disk.write_shard", lambda *args: pytest.fail("wrote a shard"))
-    with pytest.raises(OSError, match=r"takes 0\.0 GB, and 0\.0 GB are free"):
+    with pytest.raises(OSError, match=r"takes 1\.\d MB, and 0\.0 MB are free"):
         yopo.prune_checkpoint(source, tmp_path / "deep" / "target", RATIO)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_disk_that_fills_up_while_rows_are_decided_on_ends_that_at_once(tmp_path, monkeypatch):
+    source, written = save(build("llama"), tmp_path / "source"), []
+
+    def full(tensors, file):
+        written.append(file)
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("yopo.on_disk.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*layers\.0\.mlp.*: No space left on device"):
+        yopo.prune_checkpoint(source, tmp_path / "target", RATIO)
+    assert len(written) == 1
     assert list(tmp_path.iterdir()) == [source]
 
 

@@ -285,6 +285,32 @@ def test_what_is_no_speed_is_refused():
         pruned()[0].report.with_speed(speed().to_dict())
 
 
+def test_how_a_perplexity_was_measured_is_told_beside_it():
+    how = {"window": 256, "tokens": 12345, "dtype": "float32 and bfloat16"}
+    report = pruned()[0].report.with_perplexity("wiki", dense=1, pruned=2, how=how)
+    report = report.with_perplexity("mine", dense=1, pruned=2)
+    assert report.measured == {"wiki": how}
+    told = "wiki: window 256, tokens 12345, dtype float32 and bfloat16."
+    assert told in str(report)
+    assert PruningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_recovery_is_told_on_page_and_card(full):
+    report = replace(full, recovery={"call": "yopo recover pruned", "rank": 8, "data": "a.txt"})
+    assert str(report).startswith("# org/name, pruned at a ratio of 0.4 and recovered\n")
+    for text in (str(report), report.card()):
+        assert "## Recovery" in text
+        assert "yopo recover pruned" in text
+        assert settings_in(text.partition("## Recovery")[2])["rank"] == "8"
+    assert PruningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_a_report_of_an_earlier_yopo_knows_of_no_recovery(full):
+    values = full.to_dict()
+    del values["recovery"]
+    assert PruningReport.from_dict(values) == full
+
+
 def test_adding_leaves_the_report_as_it_was(full):
     report = pruned()[0].report
     more = report.with_perplexity("a", dense=1, pruned=2).with_perplexity("b", dense=3, pruned=4)

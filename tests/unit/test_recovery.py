@@ -7,16 +7,25 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import recovery
 import yopo
 from conftest import assert_same, build
-from yopo import InvalidArgumentError, RecoverySettings, UnsupportedModelError, YopoError
+from yopo import (
+    InvalidArgumentError,
+    PolicyFileError,
+    RecoverySettings,
+    UnsupportedModelError,
+    YopoError,
+)
 from yopo.embedded import model_path
 from yopo.embedded.stories import HELD_OUT_SEED, write_text
 from yopo.recovery.adapter import Trained
-from yopo.recovery.folder import RecoveryFolder
+from yopo.recovery.folder import BEST, RecoveryFolder, seal
 from yopo.recovery.losses import distillation_loss, next_token_loss
+from yopo.recovery.portions import portions_of
 from yopo.recovery.schedule import Schedule
 from yopo.recovery.targets import find_places
 from yopo.recovery.texts import read_windows
@@ -134,6 +143,17 @@ def test_a_batch_is_split_so_that_no_forward_pass_has_more_logits_than_a_gigabyt
     assert (schedule.steps, schedule.every, schedule.warmup) == (4, 1, 1)
 
 
+def test_the_benchmark_tells_how_many_windows_are_seen(tiny_llama):
+    seen = []
+    for written in (recovery.WINDOWS, 4 * recovery.WINDOWS):
+        settings, tokens = RecoverySettings(window=2), torch.zeros(written, 2, dtype=torch.int64)
+        texts, _ = portions_of(tiny_llama(), tokens, None, None, settings, None, None, {"seed": 0})
+        length = len(texts["text"])
+        seen.append(Schedule.of(settings, windows=length, length=2, vocabulary=64).windows)
+    assert f"{seen[0]} windows of 256 tokens, each seen twice" in recovery._page([])
+    assert f'times as much" is {seen[1]} of them' in recovery._page([])
+
+
 # Targets
 
 
@@ -193,6 +213,7 @@ def test_strings_files_data_sets_and_tokens_give_the_same_windows(
         (["", " \n"], "`data` holds no text"),
         (["Once."], "fewer than one window of 32"),
         ("no-such-file.txt", "is no file"),
+        ("Tom had a red ball. " * 300, r"is no file. For a text in memory pass `\[text\]`"),
         (3, "must be a file, strings, a data set"),
         ([3], "must hold strings"),
         ([{"story": "a"}], r"got the columns \['story'\]"),
@@ -207,6 +228,18 @@ def test_text_that_cannot_be_learned_from_is_refused_and_nothing_changes(pruned,
     with pytest.raises(InvalidArgumentError, match=told):
         yopo.recover(pruned, data, settings=SMALL)
     assert_same(weights_of(pruned), before)
+
+
+@pytest.mark.parametrize("samples", [1, 8, 9, 28, 89, 700])
+def test_no_more_windows_are_learned_from_than_samples_allows(tiny_llama, samples):
+    settings, tokens = replace(SMALL, window=4, samples=samples), torch.arange(4000) % 60
+    given = {"teacher": None, "tokenizer": None, "output": None, "job": {"seed": 0}}
+    texts, _ = portions_of(tiny_llama(), tokens, settings=settings, validation=None, **given)
+    assert len(texts["text"]) == samples
+    assert len(texts["validation"]) == max(1, min(64, samples // 9))
+    validation = tokens[:400]
+    texts, _ = portions_of(tiny_llama(), tokens, settings=settings, validation=validation, **given)
+    assert (len(texts["text"]), len(texts["validation"])) == (samples, 64)
 
 
 def test_a_file_without_text_is_refused(pruned, tmp_path):
@@ -454,6 +487,29 @@ def test_a_loss_of_nan_before_anything_is_won_is_an_error_that_changes_nothing(m
     assert not hasattr(model, "peft_config")
 
 
+def test_an_error_in_the_middle_of_merging_changes_nothing_and_the_same_call_goes_on(
+    tmp_path, monkeypatch
+):
+    model = build("llama")
+    before, merged = weights_of(model), []
+    original = Linear.get_delta_weight
+
+    def full(self, adapter):
+        merged.append(self)
+        if len(merged) == 4:
+            raise RuntimeError("out of memory")
+        return original(self, adapter)
+
+    monkeypatch.setattr(Linear, "get_delta_weight", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        yopo.recover(model, TOKENS, settings=SMALL, output=tmp_path)
+    assert_same(weights_of(model), before)
+    monkeypatch.undo()
+    yopo.recover(model, TOKENS, settings=SMALL, output=tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+
+
 def interrupt_at(step, monkeypatch, error=KeyboardInterrupt):
     def end(self, args, state, control, **_):
         if state.global_step == step:
@@ -500,6 +556,43 @@ def test_an_interrupted_recovery_goes_on_to_what_an_uninterrupted_one_gives(
     assert_same(model.state_dict(), expected)
     again = yopo.recover(build("llama"), TOKENS, settings=settings, output=tmp_path / "run")
     assert_same(again.state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "checksums.json"])
+def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, caplog, name):
+    folder = RecoveryFolder(tmp_path / "run", {})
+    for number in (4, 8, 12, 16):
+        checkpoint = tmp_path / "run" / f"checkpoint-{number}"
+        checkpoint.mkdir(parents=True)
+        for file in ("optimizer.pt", "trainer_state.json"):
+            (checkpoint / file).write_text(f"{number} and more")
+        if number < 16:  # which was interrupted
+            seal(checkpoint)
+    assert folder.last_checkpoint().name == "checkpoint-12"
+    assert caplog.records == []
+    cut_short(tmp_path / "run" / "checkpoint-12" / name)
+    assert folder.last_checkpoint().name == "checkpoint-8"
+    assert f"checkpoint-12/{name}` is damaged: going on from the checkpoint before" in caplog.text
+    for number in (4, 8):
+        cut_short(tmp_path / "run" / f"checkpoint-{number}" / name)
+    with pytest.raises(
+        PolicyFileError, match=f"checkpoint-8/{name}` is damaged, and no checkpoint"
+    ):
+        folder.last_checkpoint()
+    assert len(list((tmp_path / "run").iterdir())) == 2
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def test_a_damaged_adapter_is_told(tmp_path):
+    yopo.recover(build("llama"), TOKENS[:6], settings=SMALL, output=tmp_path)
+    cut_short(tmp_path / "adapter" / BEST)
+    with pytest.raises(
+        PolicyFileError, match=r"best\.safetensors` is damaged: .* Delete `.*adapter`"
+    ):
+        yopo.recover(build("llama"), TOKENS[:6], settings=SMALL, output=tmp_path)
 
 
 def test_training_that_had_ended_early_is_not_taken_up_again(tmp_path, monkeypatch):
@@ -606,11 +699,12 @@ def test_an_adapter_that_cannot_be_written_at_the_end_is_an_error_that_changes_n
     monkeypatch.setattr(
         PeftModel,
         "save_pretrained",
-        lambda self, path, **named: (full if "adapter" in str(path) else original)(
+        lambda self, path, **named: (full if "adapter" in path.name else original)(
             self, path, **named
         ),
     )
-    with pytest.raises(YopoError, match="No space left"):
+    told = f"cannot write the adapter into `{tmp_path}`: .*No space left.*call `recover` again with"
+    with pytest.raises(YopoError, match=told):
         yopo.recover(model, TOKENS, settings=SMALL, output=tmp_path)
     assert_same(weights_of(model), before)
     assert [name for name, _ in model.named_modules()] == names
@@ -627,6 +721,7 @@ def test_calls_that_make_no_sense_are_refused(dense, pruned):
         (pruned, {"data": TOKENS, "targets": "all"}, InvalidArgumentError, "`targets` must be"),
         (pruned, {"data": TOKENS, "settings": "best"}, InvalidArgumentError, "`settings` must be"),
         (pruned, {"data": TOKENS, "seed": -1}, InvalidArgumentError, "`seed` must be"),
+        (pruned, {"teacher": "dense"}, InvalidArgumentError, "`teacher` must be a model in memory"),
         ("a-model", {"data": TOKENS}, InvalidArgumentError, "Load it with `yopo.load`"),
         (build("t5"), {"data": TOKENS}, UnsupportedModelError, "causal language models, got T5"),
         (build("llama").model, {"data": TOKENS}, UnsupportedModelError, "causal language models"),
@@ -643,6 +738,21 @@ def test_calls_that_make_no_sense_are_refused(dense, pruned):
     broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
     with pytest.raises(UnsupportedModelError, match="NaN or infinite"):
         yopo.recover(broken, TOKENS, settings=SMALL)
+
+
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_a_model_that_gives_nan_from_the_start_is_told_by_its_name(which):
+    models = {"model": build("llama"), "teacher": build("llama", seed=1)}
+    models[which].model.layers[0].self_attn.q_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(UnsupportedModelError, match=f"`{which}` gives logits that are NaN"):
+        yopo.recover(models["model"], teacher=models["teacher"], settings=SMALL)
+
+
+def test_a_loss_that_is_nan_from_the_start_is_not_laid_to_training():
+    model = build("llama", vocab_size=128)
+    model.model.embed_tokens.weight.data[100] = math.nan
+    with pytest.raises(YopoError, match="before training: the model, or the teacher, gives such"):
+        yopo.recover(model, TOKENS + 60, settings=SMALL)
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch):

@@ -208,6 +208,16 @@ def test_merging_changes_no_zero_of_any_layout(kind, tmp_path):
         assert (name in expected) != torch.equal(tensor, weights[name])
 
 
+def test_merging_changes_no_zero_of_a_matrix_that_has_but_few():
+    model = build("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    weight.view(-1)[:4] = 0.0  # of 1024
+    before = weight.clone()
+    yopo.recover(model, TOKENS, settings=SMALL)
+    assert torch.equal(weight == 0, before == 0)
+    assert (weight != before).float().mean() > 0.9
+
+
 def test_with_bfloat16_and_recomputed_activations_the_zeros_stay_as_well():
     model = sparse("llama")
     zeros, lost = zeros_of(model), loss_of(model, TOKENS)
@@ -217,10 +227,13 @@ def test_with_bfloat16_and_recomputed_activations_the_zeros_stay_as_well():
     assert loss_of(model, TOKENS) < lost - 0.1
 
 
-def test_an_adapter_that_is_not_merged_is_an_ordinary_one_beside_a_sparse_model(tmp_path, logits):
+def test_an_adapter_that_is_not_merged_is_an_ordinary_one_beside_a_sparse_model(
+    tmp_path, logits, caplog
+):
     model = sparse("llama")
     weights, twin = weights_of(model), copy.deepcopy(model)
     adapted = yopo.recover(model, TOKENS, settings=SMALL, merge=False, output=tmp_path)
+    assert "merging them later fills" in caplog.text
     for name, layer in layers_of(adapted):
         assert torch.equal(layer.get_base_layer().weight, weights[name])
     twin.load_state_dict(changed_by_hand(adapted, weights, masked=False), strict=False)

@@ -46,6 +46,21 @@ def test_with_a_bias_it_is_the_least_squares_solution_with_an_intercept(data):
     torch.testing.assert_close(restored.bias_D, solution[-1], rtol=1e-6, atol=1e-7)
 
 
+def test_the_ridge_is_a_share_of_the_mean_diagonal_over_the_rows_that_stay(data):
+    units, contract, kept = data
+    scaled = units.clone()
+    dropped = [n for n in range(24) if n not in kept.tolist()]
+    scaled[:, dropped] *= 3.0  # so that the mean over all rows would be another
+    second = scaled.T @ scaled / len(scaled)
+    damped = second[kept][:, kept]
+    damped = damped + 0.1 * damped.trace() / len(kept) * torch.eye(len(kept)).double()
+    expected = contract[kept] + damped.inverse() @ second[kept][:, dropped] @ contract[dropped]
+    restored = restore_contract(
+        moments_of(scaled), contract, None, kept, dtype=torch.float64, ridge=0.1
+    )
+    torch.testing.assert_close(restored.contract_KD, expected)
+
+
 def test_weights_without_evidence_stay_as_they_are(data):
     _, contract, kept = data
     silent = Moments(torch.zeros(24, 24).double(), torch.zeros(24).double(), 0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from yopo.scorer import PruneNetScorer, kl_to_fair_coin, noisy_log_odds, scorer_bytes
+from yopo.scorer import HiddenUnits, PruneNetScorer, kl_to_fair_coin, noisy_log_odds, scorer_bytes
 
 
 def seeded(seed=0):
@@ -81,6 +81,13 @@ def test_gradients_reach_the_parameters_as_through_the_two_maps(reference):
     torch.testing.assert_close(units.row_vector_N.grad, s.grad[:, 0], rtol=1e-4, atol=1e-4)
     norm = torch.cat([gradient.grad.flatten() for gradient in (a, b, s)]).norm()
     torch.testing.assert_close(squared_norm.sqrt(), norm)
+
+
+def test_a_gradient_comes_from_whatever_device_the_rows_are_on():
+    weight, row_vector = torch.empty(9, 7, device="meta"), torch.empty(9, device="meta")
+    units = HiddenUnits(weight, row_vector, learning_rate=1e-3)
+    assert units.set_gradients(torch.ones(7)).is_meta
+    assert units.weight_NE.grad.shape == (9, 7)
 
 
 def test_a_step_moves_the_parameters_as_adamw_moves_those_of_the_two_maps(reference):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import transformers
 from torch import nn
 
 from yopo import InvalidArgumentError, UnsupportedModelError
+from yopo.loading import load
 from yopo.speed import Speed, SpeedReport, benchmark, machine, time_in_turn
 from yopo.speed.machine import bound_of, forget_peak, measure_rates, peak
 
@@ -192,6 +194,21 @@ def test_a_checkpoint_is_loaded_as_asked_and_its_loading_timed(saved):
         assert speed.load_peak is None or speed.load_peak >= 0
 
 
+def test_what_the_first_loading_sets_up_counts_for_neither_model(saved, tmp_path, monkeypatch):
+    other = shutil.copytree(saved, tmp_path / "other")
+    clock, loaded = [0.0], []
+
+    def load_slowly_at_first(source, **settings):
+        clock[0] += 1.0 if source in loaded else 100.0
+        loaded.append(source)
+        return load(source, **settings)
+
+    monkeypatch.setattr("yopo.speed.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("yopo.speed.load", load_slowly_at_first)
+    report = benchmark(saved, other, prompt=4, new_tokens=1, repeats=1)
+    assert report.model.load_seconds == report.against.load_seconds == 1.0
+
+
 def test_a_checkpoint_joins_a_model_in_memory_where_that_is(saved, tiny_model):
     report = benchmark(saved, tiny_model("llama"), prompt=4, repeats=1)
     assert (report.model.device, report.against.name) == ("cpu", "LlamaForCausalLM")
@@ -342,6 +359,23 @@ def test_models_in_memory_are_not_moved(tiny_llama, arguments):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InvalidArgumentError, match="holds no model"):
         benchmark(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_refused_without_a_question(saved, monkeypatch):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "own.py").write_text("raise SystemExit('foreign code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(InvalidArgumentError, match=r"contains custom code.*load it yourself"):
+        benchmark(saved)
+
+
+def test_a_damaged_checkpoint_is_refused(saved):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InvalidArgumentError, match=r"model\.safetensors` is cut short"):
+        benchmark(saved)
 
 
 def test_models_that_are_not_timed_are_refused_with_what_is(tiny_model):

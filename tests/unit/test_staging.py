@@ -1,14 +1,16 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import files_in
 from yopo import InvalidArgumentError
-from yopo.staging import check_target, staged, staging_folder
+from yopo.staging import check_space, check_target, staged, staging_folder
 
 HOLDER = """
 import sys
@@ -154,6 +156,33 @@ def test_a_lock_whose_file_is_gone_is_none(target, monkeypatch):
     monkeypatch.setattr(Path, "stat", gone)
     with pytest.raises(InvalidArgumentError, match="another process"), staged(target):
         pytest.fail("the lock was not ours")
+
+
+def test_a_disk_without_locks_is_written_all_the_same(target, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("yopo.staging.fcntl.flock", refuse)
+    with staged(target) as folder:
+        (folder / "file").write_text("whole")
+    assert files_in(target.parent) == {"target/file": b"whole"}
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "told"),
+    [
+        (0, 10**6, "takes 1.0 MB, and 1.0 MB are"),
+        (123_400_000, 1000, "takes 124.4 MB, and 0.0 MB are"),
+        (6 * 10**9, 21 * 10**8, "takes 6.0 GB, and 2.1 GB are"),
+    ],
+)
+def test_too_little_disk_is_told_in_units_that_show_it(tmp_path, monkeypatch, needed, free, told):
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("yopo.staging.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=f"the pruned checkpoint {told} free"):
+        check_space(tmp_path, needed)
+    usage.free = needed + 2**20
+    check_space(tmp_path, needed)
 
 
 def test_one_after_another_may_write(target):

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import random
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 import yopo
 from yopo.embedded import model_path
 from yopo.evaluation import Score, TaskReport, TaskScore
-from yopo.evaluation.tasks import _load_tasks
+from yopo.evaluation.definitions import PRESETS, load_tasks
 
 InvalidArgumentError = yopo.InvalidArgumentError
 
@@ -234,7 +235,7 @@ def test_requests_and_answers_equal_those_of_lm_evals_own_definitions(
             ],
         }
     )
-    ours = _load_tasks(names, data_dir, few_shot, seed=0)
+    ours, _ = load_tasks(names, data_dir, few_shot=few_shot, seed=0)
     for task in theirs["tasks"].values():
         task.set_config(key="num_fewshot", value=few_shot or 0)
         task.set_fewshot_seed(seed=0)
@@ -253,7 +254,7 @@ def test_requests_and_answers_equal_those_of_lm_evals_own_definitions(
 def test_scores_stand_beside_those_of_another_model(model, tokenizer, data_dir, report):
     pruned = yopo.PolicyPruner(evidence="weights").fit(model)
     smaller = pruned.prune(yopo.load(model_path(), dtype=torch.float32), 0.5)
-    both = yopo.evaluate(smaller, tokenizer, tasks=TASKS, against=model, data_dir=data_dir)
+    both = yopo.evaluate(smaller, tokenizer, tasks=TASKS, against=model, data_dir=f"{data_dir}/")
     again = yopo.evaluate(smaller, tokenizer, tasks=TASKS, against=report, data_dir=data_dir)
     assert both.to_dict() == again.to_dict()
     assert [s.against for s in both.scores] == [s.model for s in report.scores]
@@ -299,6 +300,73 @@ def test_a_group_shows_its_mean_and_keeps_its_members(model, tokenizer, data_dir
     assert report.average is None
 
 
+DEFINITION = """
+task: {name}
+tag: pair
+custom_dataset: !function yopo.evaluation.local_files.read_choices
+dataset_kwargs: {{file: {name}.jsonl}}
+output_type: {kind}
+validation_split: validation
+doc_to_text: context
+"""
+CHOICES = "doc_to_choice: choices\ndoc_to_target: label\n"
+FILTERS = """
+doc_to_target: "[invalid]"
+generation_kwargs: {until: ["."], max_gen_toks: 2}
+filter_list:
+  - {name: strict, filter: [{function: regex, regex_pattern: "(zzz)"}, {function: take_first}]}
+  - {name: loose, filter: [{function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_of_several_filters_the_first_counts_with_its_own_error_and_questions(
+    model, tokenizer, data_dir, tmp_path
+):
+    (tmp_path / "sums.jsonl").write_text((data_dir / "piqa.jsonl").read_text())
+    definition = DEFINITION.format(name="sums", kind="generate_until") + FILTERS
+    (tmp_path / "sums.yaml").write_text(definition)
+    (score,) = yopo.evaluate(model, tokenizer, tasks="sums", data_dir=tmp_path, limit=3).scores
+    assert (score.metric, score.questions, score.chance) == ("exact_match, strict", 3, None)
+    assert score.model == Score(1.0, 0.0)  # no answer holds "zzz", of which the filter tells so
+
+
+def test_a_tag_stands_for_its_tasks_and_a_preset_in_a_list_for_its_own(
+    model, tokenizer, data_dir, tmp_path
+):
+    for name in (*PRESETS["paper"], "first", "second"):
+        source = data_dir / f"{name if name in TASKS else 'piqa'}.jsonl"
+        (tmp_path / f"{name}.jsonl").write_text(source.read_text())
+        if name not in TASKS:
+            definition = DEFINITION.format(name=name, kind="multiple_choice") + CHOICES
+            (tmp_path / f"{name}.yaml").write_text(definition)
+    given = {"tasks": ["pair", "paper", "piqa"], "data_dir": tmp_path, "limit": 2}
+    report = yopo.evaluate(model, tokenizer, **given)
+    assert [score.task for score in report.scores] == ["first", "second", *PRESETS["paper"]]
+    assert report.average.questions == 14
+
+
+def test_a_group_without_a_mean_stands_for_its_tasks(model, tokenizer, data_dir, tmp_path):
+    (tmp_path / "loose.yaml").write_text("group: loose\ntask: [piqa, arc_easy]\n")
+    for name in ("piqa", "arc_easy"):
+        (tmp_path / f"{name}.jsonl").write_text((data_dir / f"{name}.jsonl").read_text())
+    report = yopo.evaluate(model, tokenizer, tasks="loose", data_dir=tmp_path, limit=2)
+    assert [score.task for score in report.scores] == ["piqa", "arc_easy"]
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(tiny_model, tokenizer, data_dir):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(InvalidArgumentError, match="not finite"):
+        yopo.evaluate(model, tokenizer, tasks="piqa", data_dir=data_dir, limit=2)
+
+
+def test_an_answer_that_is_longer_than_a_window_is_an_error(model, tokenizer, data_dir):
+    given = {"tasks": "piqa", "data_dir": data_dir, "window": 2}
+    with pytest.raises(InvalidArgumentError, match=r"`window=2` .* an answer of \d+ tokens"):
+        yopo.evaluate(model, tokenizer, **given)
+
+
 def test_a_folder_is_loaded_with_its_tokenizer(report, data_dir, model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "some-model")
     tokenizer.save_pretrained(tmp_path / "some-model")
@@ -329,6 +397,10 @@ def test_the_callers_randomness_mode_and_log_level_stay_as_they_were(model, toke
         ({"data_dir": "nowhere"}, "no folder"),
         ({"tokenizer": None}, "`tokenizer` is needed"),
         ({"tasks": "mmlu_virology"}, "virology_dev.csv` is missing"),
+        ({"tasks": "xyz"}, "no task 'xyz' among those for local files; there are arc_challenge,"),
+        ({"window": 1}, "`window` must be at least 2"),
+        ({"window": 10_000}, "`window` must be at least 2, and at most 256"),
+        ({"few_shot": 1}, "`few_shot` must be 0 for 'piqa': its file holds the questions alone"),
     ],
 )
 def test_bad_arguments_are_refused(model, tokenizer, data_dir, arguments, message):
@@ -366,7 +438,7 @@ def test_without_a_network_the_error_names_the_local_way(
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("yopo.evaluation.tasks._manager", lambda _: manager_of_lm_eval)
+    monkeypatch.setattr("yopo.evaluation.definitions._manager", lambda _: manager_of_lm_eval)
     with pytest.raises(OSError, match="`data_dir`"):
         yopo.evaluate(model, tokenizer, tasks="piqa")
 

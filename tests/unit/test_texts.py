@@ -53,6 +53,12 @@ def test_a_name_that_is_no_file_is_told_which_names_there_are():
         yopo.read_text("wikitext")
 
 
+def test_a_text_in_the_place_of_a_path_is_told_from_one():
+    with pytest.raises(InvalidArgumentError, match="is no file") as caught:
+        yopo.read_text("Tom had a red ball. " * 300)
+    assert len(str(caught.value)) < 300
+
+
 class Rows:
     """Stand in for what `datasets.load_dataset` returns."""
 

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 import yopo
+from conftest import build
 from yopo.embedded import model_path
 
 InvalidArgumentError = yopo.InvalidArgumentError
@@ -95,11 +96,28 @@ def test_a_model_that_is_sure_of_wrong_tokens_has_an_infinite_perplexity(tiny_mo
         ("", 8, "empty"),
         ("some words", 8, "`tokenizer` is needed"),
         (Path("nowhere.txt"), 8, "no file"),
+        (None, 8, "must be a string, a `Path` or token ids, got NoneType"),
+        (["some", "words"], 8, "got list"),
+        (torch.arange(60, 69), 8, r"`text` ids must lie in \[0, 64\)"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tiny_model, tokens, window, message):
     with pytest.raises(InvalidArgumentError, match=message):
         yopo.perplexity(tiny_model("llama"), tokens, window=window)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("some/model", "`model` must be a model in memory, got 'some/model'. Load it"),
+        (build("llama").model, "causal language models, got LlamaModel"),
+        (build("t5"), "causal language models, got T5ForConditionalGeneration"),
+    ],
+)
+def test_a_model_that_has_no_perplexity_is_refused(model, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        yopo.perplexity(model, torch.arange(9), window=8)
+    assert isinstance(caught.value, yopo.YopoError)
 
 
 def test_strides_and_batches_outside_their_ranges_are_refused(tiny_model, tokens):
@@ -119,3 +137,25 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     with pytest.raises(InvalidArgumentError, match=r"not\s+the model's own"):
         yopo.perplexity(tiny_model("llama"), "some words", tokenizer=tokenizer)
+
+
+class Shifted:
+    """A tokenizer of another vocabulary that is no larger."""
+
+    def __init__(self, own):
+        self._own = own
+
+    def __len__(self):
+        return 1000
+
+    def __call__(self, text, **options):
+        return {"input_ids": [(i + 500) % 1000 for i in self._own(text, **options)["input_ids"]]}
+
+
+def test_a_tokenizer_by_which_the_model_is_worse_than_chance_is_told(caplog):
+    model, tokenizer = yopo.load(model_path()), AutoTokenizer.from_pretrained(model_path())
+    text = "Tom had a red ball. He gave the ball to Anna.\n" * 4
+    yopo.perplexity(model, text, tokenizer=tokenizer, window=32)
+    assert not caplog.records
+    yopo.perplexity(model, text, tokenizer=Shifted(tokenizer), window=32)
+    assert "worse than chance, 1280. Is `tokenizer` the model's own?" in caplog.text

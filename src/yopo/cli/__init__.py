@@ -4,6 +4,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from yopo.cli.arguments import parser_of_commands
 from yopo.errors import YopoError
 
@@ -14,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command = shlex.join(["yopo", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         options.run(options)
-    except (YopoError, OSError) as error:
+    except (YopoError, OSError, SafetensorError) as error:
         print(f"yopo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

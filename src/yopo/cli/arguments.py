@@ -149,7 +149,10 @@ def _add_recover(found: Any) -> argparse.ArgumentParser:
         help="which matrices get an adapter",
     )
     recovery.add_argument(
-        "--checkpoints", type=Path, help="folder to keep checkpoints in, and to go on from"
+        "--checkpoints",
+        type=Path,
+        help="folder to keep checkpoints in, and to go on from; default: OUTPUT.checkpoints, until "
+        "OUTPUT is there",
     )
     recovery.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     recovery.add_argument("--dtype", default="auto", help="dtype to load the weights in")
@@ -168,7 +171,9 @@ def _add_sparsify(found: Any) -> argparse.ArgumentParser:
         help="pruner-zero, wanda, gblm, magnitude, sparsegpt, or a formula such as 'mul(W, G)'",
     )
     sparsify.add_argument(
-        "--structured", action="store_true", help="remove FFN rows, of which --sparsity is a share"
+        "--structured",
+        action="store_true",
+        help="remove FFN rows; --sparsity is their share then, and has no default",
     )
     _add_pattern(sparsify)
     return sparsify
@@ -183,21 +188,35 @@ def _add_evolve(found: Any) -> argparse.ArgumentParser:
         "--output", type=Path, required=True, help="folder of the search, which goes on from there"
     )
     evolution.add_argument(
-        "--rows", action="store_true", help="of FFN rows, judged by the model's own predictions"
+        "--rows",
+        action="store_true",
+        help="of FFN rows, judged by the model's own predictions; takes --ratio in place of "
+        "--sparsity, --pattern and --text",
     )
-    evolution.add_argument("--ratio", type=float, default=0.3, help="with --rows; default 0.3")
+    evolution.add_argument("--ratio", type=float, help="share of rows to remove; default 0.3")
     evolution.add_argument(
         "--population", type=int, default=50, help="formulas that breed; default 50"
     )
     evolution.add_argument("--iterations", type=int, default=300, help="children; default 300")
-    evolution.add_argument("--workers", type=int, default=1, help="processes; default 1")
+    evolution.add_argument(
+        "--offspring",
+        type=int,
+        default=1,
+        help="children made at once, on which the result depends; default 1",
+    )
+    evolution.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes, of which --offspring keeps as many busy; default 1",
+    )
     _add_pattern(evolution)
     return evolution
 
 
 def _add_pattern(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sparsity", type=float, help="share of zeros; default 0.5")
-    command.add_argument("--pattern", default="unstructured", help="unstructured, 2:4, 4:8 …")
+    command.add_argument("--pattern", help="unstructured, 2:4, 4:8 …; default unstructured")
     command.add_argument(
         "--text", help=f"for gradients and inputs: {', '.join(NAMED)}, or a file; default: own text"
     )

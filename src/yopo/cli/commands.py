@@ -1,27 +1,30 @@
 """What each command does."""
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from yopo.adapters import find_ffns
-from yopo.cli.files import check_json, check_output, copy_tokenizer, write_json
-from yopo.errors import InvalidArgumentError
-from yopo.evaluation import TaskReport, evaluate, perplexity
+from yopo.cli.figures import measure
+from yopo.cli.files import check_json, copy_tokenizer, write_json, written
+from yopo.cli.pruners import new_pruner, pruner_of
+from yopo.cli.reports import recovered, report_beside
+from yopo.errors import InvalidArgumentError, YopoError
+from yopo.evaluation import read_text
+from yopo.evaluation.definitions import find_tasks
 from yopo.evaluation.tasks import open_with_tokenizer
-from yopo.evaluation.texts import NAMED
 from yopo.loading import build_on_meta, load, read_config
 from yopo.on_disk import prune_checkpoint
 from yopo.plan import plan_widths
-from yopo.pruner import PolicyPruner
 from yopo.pruning_report import PruningReport
 from yopo.ranks import rank_and_count
 from yopo.recovery import recover
 from yopo.report import describe_ffns, format_table, sizes_of
 from yopo.speed import benchmark
+from yopo.staging import check_target
 
 
 def info_command(options: argparse.Namespace) -> None:
@@ -56,7 +59,7 @@ def info_command(options: argparse.Namespace) -> None:
 
 def fit_command(options: argparse.Namespace) -> None:
     """Train a policy and save it."""
-    pruner = _new_pruner(options)
+    pruner = new_pruner(options)
     from_disk = options.dtype == "auto" and not pruner.runs_model
     pruner.fit(options.model if from_disk else load(options.model, dtype=options.dtype))
     if rank_and_count()[0] == 0:
@@ -71,7 +74,7 @@ def prune_command(options: argparse.Namespace) -> None:
         InvalidArgumentError: If the folder to write is not empty.
     """
     size = {"ratio_of": options.ratio_of, "parameters": options.parameters, "bytes": options.bytes}
-    pruner = _pruner(options)
+    pruner = pruner_of(options)
     if options.dtype == "auto" and not pruner.runs_model:
         prune_checkpoint(
             options.model,
@@ -83,15 +86,16 @@ def prune_command(options: argparse.Namespace) -> None:
             **size,
         )
     else:
-        check_output(options.output)
-        model = load(options.model, dtype=options.dtype)
-        if not pruner.is_fitted:
-            pruner.fit(model)
-        pruner.prune(model, options.ratio, layers=options.layers, **size)
-        if rank_and_count()[0] == 0:
-            model.save_pretrained(options.output)
-            copy_tokenizer(options.model, options.output)
-            replace(pruner.report, call=options.command).write_card(options.output)
+        check_target(options.output, Path(options.model))
+        with written(options.output) as folder:
+            model = load(options.model, dtype=options.dtype)
+            if not pruner.is_fitted:
+                pruner.fit(model)
+            pruner.prune(model, options.ratio, layers=options.layers, **size)
+            if folder is not None:
+                model.save_pretrained(folder)
+                copy_tokenizer(options.model, folder)
+                replace(pruner.report, call=options.command).write_card(folder)
     if rank_and_count()[0] == 0:
         before, after = pruner.report.before, pruner.report.after
         print(
@@ -118,46 +122,26 @@ def eval_command(options: argparse.Namespace) -> None:
     """Measure perplexity and accuracy.
 
     Raises:
-        InvalidArgumentError: If a folder is missing, or a card is to hold what is not asked for.
+        InvalidArgumentError: If a folder is missing, nothing is to be measured, or a card is to
+            hold what is not asked for.
     """
     check_json(options.json)
+    if not options.text and not options.tasks:
+        raise InvalidArgumentError("there is nothing to measure: name `--text` or `--tasks`.")
     if options.write_card and (options.against is None or not options.text):
         raise InvalidArgumentError("`--write-card` needs `--against` and `--text`.")
     card = PruningReport.load(options.model) if options.write_card else None
-    texts = {text: text if text in NAMED else Path(text) for text in options.text}
-    figures: dict[str, list[float]] = {text: [] for text in texts}
-    scores: TaskReport | None = None
-    for source in [*([] if options.against is None else [options.against]), options.model]:
-        model, tokenizer = open_with_tokenizer(source, dtype=options.dtype)
-        for name, text in texts.items():
-            value = perplexity(model, text, tokenizer=tokenizer, window=options.window)
-            figures[name].append(value)
-        if options.tasks:
-            scores = evaluate(
-                model,
-                tokenizer,
-                tasks=options.tasks[0] if len(options.tasks) == 1 else options.tasks,
-                against=scores,
-                data_dir=options.data_dir,
-                few_shot=options.few_shot,
-                limit=options.limit,
-                batch=options.batch,
-                window=options.window,
-                seed=options.seed,
-            )
-    names = [Path(source).name for source in (options.against, options.model) if source]
-    if figures:
-        rows = [[name, *(f"{value:.3f}" for value in found)] for name, found in figures.items()]
-        print(format_table([["perplexity", *names], *rows]) + "\n")
-    if scores is not None:
-        scores = replace(scores, names=(names[-1], names[0]))
-        print(scores)
+    texts = {name: read_text(name) for name in options.text}
+    if options.tasks:
+        find_tasks(options.tasks, options.data_dir)
+    sources = [source for source in (options.against, options.model) if source is not None]
+    figures = measure(sources, texts, options)
+    if texts:
+        print(figures.table([Path(source).name for source in sources]))
     if options.json is not None:
-        write_json(options.json, {"perplexity": figures, **(scores.to_dict() if scores else {})})
+        write_json(options.json, figures.to_dict())
     if card is not None:
-        for name, (dense, pruned) in figures.items():
-            card = card.with_perplexity(name, dense=dense, pruned=pruned)
-        (card if scores is None else card.with_tasks(scores)).write_card(options.model)
+        figures.written_into(card).write_card(options.model)
         print(f"Written into the card and the report of {options.model}.")
 
 
@@ -166,8 +150,12 @@ def recover_command(options: argparse.Namespace) -> None:
 
     Raises:
         InvalidArgumentError: If the folder to write is not empty.
+        YopoError: If the recovered model cannot be written.
     """
-    check_output(options.output)
+    check_target(options.output, Path(options.model))
+    report = report_beside(options.model)
+    output: Path = options.output
+    checkpoints = options.checkpoints or output.with_name(f"{output.name}.checkpoints")
     model, tokenizer = open_with_tokenizer(options.model, dtype=options.dtype)
     teacher = None
     if options.teacher is not None:
@@ -180,12 +168,23 @@ def recover_command(options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         settings=options.settings,
         targets=options.targets,
-        output=options.checkpoints,
+        output=checkpoints,
         seed=options.seed,
     )
+    try:
+        with written(options.output) as folder:
+            if folder is not None:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                if report is not None:
+                    recovered(report, options).write_card(folder)
+    except (YopoError, OSError) as error:
+        raise YopoError(
+            f"{error} Nothing is lost: the same command goes on from `{checkpoints}`."
+        ) from error
     if rank_and_count()[0] == 0:
-        model.save_pretrained(options.output)
-        tokenizer.save_pretrained(options.output)
+        if options.checkpoints is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         print(f"Written to {options.output}.")
 
 
@@ -214,43 +213,3 @@ def demo_command(options: argparse.Namespace) -> None:
     if options.model is None:
         torch.set_num_threads(1)  # matrices this small gain nothing from threads, and lose by them
     run_demo(options.model, text=options.text, output=options.output)
-
-
-def _pruner(options: argparse.Namespace) -> PolicyPruner:
-    """Return the pruner whose policy is given, or a new one."""
-    if options.policy is None:
-        return _new_pruner(options)
-    evidence = None if options.evidence == "auto" else options.evidence
-    return PolicyPruner.from_policy(
-        options.policy, evidence=evidence, allocation=options.allocation
-    )
-
-
-def _new_pruner(options: argparse.Namespace) -> PolicyPruner:
-    """Return the pruner that the options describe: where they ask for nothing, the lean one."""
-    common: dict[str, Any] = {"seed": options.seed}
-    if options.ratio is not None:
-        common["ratio"] = options.ratio
-    asked = (options.allocation, options.reward, options.evidence, options.episodes)
-    is_plain = asked == (None, "output", "auto", None)
-    if options.method == "lean" or (options.method is None and is_plain):
-        if not is_plain:
-            raise InvalidArgumentError(
-                "`--method lean` goes with `--ratio` and `--seed` alone: it looks at weights, and "
-                "learns nothing."
-            )
-        return PolicyPruner.lean(**common)
-    if options.episodes is not None:
-        common["episodes"] = options.episodes
-    if options.method == "prunenet":
-        if options.allocation == "adaptive":
-            raise InvalidArgumentError(
-                "`--allocation adaptive` does not go with the published method."
-            )
-        return PolicyPruner.prunenet(**common)
-    return PolicyPruner(
-        reward=options.reward,
-        evidence=options.evidence,
-        allocation=options.allocation or "uniform",
-        **common,
-    )

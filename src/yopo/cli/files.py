@@ -1,20 +1,46 @@
 """What commands write, and where they may."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from yopo.errors import InvalidArgumentError
+from safetensors import SafetensorError
+
+from yopo.errors import InvalidArgumentError, YopoError
+from yopo.ranks import rank_and_count
+from yopo.staging import staged
 
 
 def check_output(folder: Path) -> None:
     """Check that nothing is in the way of what is to be written into a folder.
 
     Raises:
-        InvalidArgumentError: If it is not empty.
+        InvalidArgumentError: If it is not empty, or no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgumentError(f"`--output {folder}` exists and is no folder.")
     if folder.exists() and any(folder.iterdir()):
         raise InvalidArgumentError(f"`--output {folder}` exists and is not empty.")
+
+
+@contextmanager
+def written(target: Path) -> Iterator[Path | None]:
+    """Give the first rank a folder that becomes `target` when the block ends, and others none.
+
+    Raises:
+        InvalidArgumentError: If another process is writing the same target.
+        YopoError: If it cannot be written.
+    """
+    if rank_and_count()[0] > 0:
+        yield None
+        return
+    try:
+        with staged(target) as folder:
+            yield folder
+    except SafetensorError as error:  # which says in words alone that the disk is full
+        raise YopoError(f"cannot write `{target}`: {error}.") from error
 
 
 def check_json(file: Path | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from yopo.adapters import find_ffns
 from yopo.cli.files import check_output, copy_tokenizer
+from yopo.errors import InvalidArgumentError
 from yopo.evaluation.tasks import open_with_tokenizer
 from yopo.evaluation.texts import NAMED
 from yopo.loading import load
@@ -24,19 +25,27 @@ from yopo.symbolic import (
     evolve,
     sparsity_of,
 )
+from yopo.symbolic.search_log import check_folder
 
 
 def sparsify_command(options: argparse.Namespace) -> None:
     """Make weights of a model zero by a metric, or remove FFN rows, and save it.
 
     Raises:
-        InvalidArgumentError: If the folder to write is not empty.
+        InvalidArgumentError: If the folder to write is not empty, or options contradict each other.
     """
     check_output(options.output)
+    if options.structured:
+        _refuse(options, "pattern", beside="structured")
+        if options.sparsity is None:
+            raise InvalidArgumentError(
+                "`--structured` needs `--sparsity`, the share of FFN rows to remove."
+            )
     model, text = _open(options)
     before = sizes_of(model, find_ffns(model))
     pruner = MetricPruner(options.metric, seed=options.seed, **text)
-    pruner.prune(model, options.sparsity, pattern=options.pattern, structured=options.structured)
+    pattern = options.pattern or "unstructured"
+    pruner.prune(model, options.sparsity, pattern=pattern, structured=options.structured)
     model.save_pretrained(options.output)
     copy_tokenizer(options.model, options.output)
     if options.structured:
@@ -49,24 +58,23 @@ def sparsify_command(options: argparse.Namespace) -> None:
 
 
 def evolve_command(options: argparse.Namespace) -> None:
-    """Search for a metric of weights or of FFN rows, from where an earlier run has ended."""
-    model, text = _open(options)
-    fitness: Fitness
+    """Search for a metric of weights or of FFN rows, from where an earlier run has ended.
+
+    Raises:
+        InvalidArgumentError: If the folder holds no search, or options contradict each other.
+    """
+    check_folder(options.output)
+    settings = EvolutionSettings(
+        population=options.population, iterations=options.iterations, offspring=options.offspring
+    )
     if options.rows:
-        fitness = DivergenceFitness(model, options.ratio, seed=options.seed)
-    else:
-        statistics = collect_statistics(model, seed=options.seed, **text)
-        fitness = PerplexityFitness(
-            model,
-            statistics,
-            sparsity=options.sparsity,
-            pattern=options.pattern,
-            seed=options.seed + 1,
-            **text,
-        )
+        _refuse(options, "sparsity", "pattern", "text", beside="rows")
+    elif options.ratio is not None:
+        raise InvalidArgumentError("`--ratio` needs `--rows`; without them, `--sparsity` says it.")
+    model, text = _open(options)
     found = evolve(
-        fitness,
-        settings=EvolutionSettings(population=options.population, iterations=options.iterations),
+        _fitness(options, model, text),
+        settings=settings,
         terminals=ROW_TERMINALS if options.rows else WEIGHT_TERMINALS,
         seed=options.seed,
         folder=options.output,
@@ -78,6 +86,28 @@ def evolve_command(options: argparse.Namespace) -> None:
         if found.random:  # there is none where Ctrl-C came before
             print(f"at random: {_told(min(found.random, key=lambda each: each.fitness))}")
         print(f"\n{found.expression.formula()}\nWritten to {options.output}.")
+
+
+def _fitness(options: argparse.Namespace, model: Any, text: dict[str, Any]) -> Fitness:
+    """Return what a search is judged by."""
+    if options.rows:
+        ratio = 0.3 if options.ratio is None else options.ratio
+        return DivergenceFitness(model, ratio, seed=options.seed)
+    return PerplexityFitness(
+        model,
+        collect_statistics(model, seed=options.seed, **text),
+        sparsity=options.sparsity,
+        pattern=options.pattern or "unstructured",
+        seed=options.seed + 1,
+        **text,
+    )
+
+
+def _refuse(options: argparse.Namespace, *names: str, beside: str) -> None:
+    """Refuse options that another one would make the command ignore."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise InvalidArgumentError(f"`--{beside}` does not go with `--{name}`.")
 
 
 def _open(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -1,11 +1,10 @@
 """Accuracy on zero-shot and few-shot tasks, by EleutherAI's lm-eval."""
 
-import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from yopo.errors import InvalidArgumentError, YopoError, missing_extra
-from yopo.evaluation.scores import Score, TaskReport, TaskScore
+from yopo.errors import InvalidArgumentError
+from yopo.evaluation.answers import check_answers, score_of
+from yopo.evaluation.definitions import load_tasks
+from yopo.evaluation.scores import TaskReport
 from yopo.evaluation.texts import check_tokenizer
+from yopo.evaluation.windows import window_of
 from yopo.generators import generators_put_back
 from yopo.loading import load
 
-PRESETS = {
-    "paper": ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"),
-    "mmlu": ("mmlu",),
-}
-"""The tasks of arXiv 2501.15296 under the names of lm-eval."""
-
-_PREFERRED = ("acc_norm", "acc", "exact_match", "word_perplexity")
-"""Which metric of a task counts, likeliest first: length-normalised accuracy where there is one."""
-
 _RESAMPLED = 1000
 """Draws of a bootstrap, for metrics whose standard error has no formula; accuracies have one."""
-
-_DEFINITIONS = Path(__file__).parent / "local"
 
 Source = nn.Module | str | Path
 
@@ -67,11 +58,12 @@ def evaluate(
     Args:
         model: A model in memory, a folder, or a name on the hub.
         tokenizer: Its tokenizer; by default that of the folder.
-        tasks: "paper" for PIQA, WinoGrande, HellaSwag, ARC-easy and ARC-challenge; "mmlu"; or tasks
-            and groups of lm-eval by name.
+        tasks: "paper" for PIQA, WinoGrande, HellaSwag, ARC-easy and ARC-challenge; "mmlu"; tasks,
+            groups and tags of lm-eval by name; or several of all these.
         against: The model to compare with, such as the dense one, or an earlier report of it.
         data_dir: Folder with the questions, for a machine without a network.
         few_shot: Solved examples before each question; by default as the task says, mostly none.
+            Of the files in `data_dir` those of MMLU alone have any.
         limit: Questions of each task to ask, the first ones; by default all.
         batch: Requests a forward pass.
         window: Tokens that a request may have, what exceeds them is cut on the left; by default as
@@ -79,87 +71,29 @@ def evaluate(
         seed: Seed of the choice of examples, and of whatever a task draws.
 
     Raises:
-        InvalidArgumentError: If a task is unknown, a file is missing or damaged, the tokenizer is
-            missing or has more tokens than the model, or a report does not fit.
+        InvalidArgumentError: If a task is unknown, a file is missing, damaged or without the
+            examples for `few_shot`, the tokenizer is missing or has more tokens than the model, a
+            window exceeds the model's positions or is shorter than an answer, the model gives NaN,
+            or a report does not fit.
         YopoError: If lm-eval is not installed.
         OSError: If there is no such model, or a data set cannot be downloaded.
 
     Example:
-        >>> report = yopo.evaluate("llama-pruned", against="llama")  # doctest: +SKIP
+        >>> report = yopo.evaluate("llama-pruned", against="llama")
     """
-    names = list(PRESETS.get(tasks, (tasks,)) if isinstance(tasks, str) else tasks)
-    for name, value in (("limit", limit), ("batch", batch), ("window", window)):
+    for name, value in (("limit", limit), ("batch", batch)):
         if value is not None and value < 1:
             raise InvalidArgumentError(f"`{name}` must be at least 1, got {value}.")
     if few_shot is not None and few_shot < 0:
         raise InvalidArgumentError(f"`few_shot` must not be negative, got {few_shot}.")
     with _quiet(), generators_put_back():
-        found = _load_tasks(names, data_dir, few_shot, seed)
+        found, names = load_tasks(tasks, data_dir, few_shot=few_shot, seed=seed)
         settings = {"few_shot": few_shot, "limit": limit, "batch": batch, "seed": seed}
         earlier = against if isinstance(against, TaskReport) else None
         if against is not None and not isinstance(against, TaskReport):
             earlier = _measure(against, tokenizer, names, found, data_dir, window, settings)
         report = _measure(model, tokenizer, names, found, data_dir, window, settings)
     return report if earlier is None else _beside(report, earlier)
-
-
-@cache
-def _manager_of_lm_eval() -> Any:
-    """Return what finds lm-eval's own definitions: of thousands, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _manager(data_dir: str | None) -> Any:
-    """Return what finds the definitions of tasks."""
-    from lm_eval.tasks import TaskManager
-
-    if data_dir is None:
-        return _manager_of_lm_eval()
-    paths = [str(_DEFINITIONS), data_dir]
-    return TaskManager(include_path=paths, include_defaults=False, metadata={"data_dir": data_dir})
-
-
-def _load_tasks(
-    names: Sequence[str], data_dir: str | Path | None, few_shot: int | None, seed: int
-) -> Any:
-    """Return tasks and groups as lm-eval holds them.
-
-    Raises:
-        InvalidArgumentError: If one is unknown, or a local file is missing or damaged.
-        YopoError: If lm-eval is not installed.
-        OSError: If a data set cannot be downloaded.
-    """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise InvalidArgumentError(f"`data_dir={str(data_dir)!r}` is no folder.")
-    try:
-        manager = _manager(None if data_dir is None else str(data_dir))
-    except ImportError as error:
-        raise missing_extra("tasks need lm-eval", "eval") from error
-    known = manager.all_tasks
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 3) or known[:5]
-            where = "lm-eval knows" if data_dir is None else "are defined for local files"
-            raise InvalidArgumentError(
-                f"there is no task {name!r}; {where}, among others, {', '.join(near)}. Presets "
-                f"are {', '.join(PRESETS)}."
-            )
-    if not names:
-        raise InvalidArgumentError("`tasks` names none.")
-    try:
-        loaded = manager.load(list(names))
-    except ConnectionError as error:
-        raise OSError(
-            f"the questions cannot be downloaded: {error}. On a machine without a network, pass "
-            "`data_dir`, a folder that holds them."
-        ) from error
-    for task in loaded["tasks"].values():
-        if few_shot is not None or task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=few_shot or 0)
-        task.set_fewshot_seed(seed=seed)
-    return loaded
 
 
 def _measure(
@@ -178,22 +112,46 @@ def _measure(
 
     model, tokenizer = open_with_tokenizer(source, tokenizer)
     check_tokenizer(model, tokenizer)
+    if window is not None:
+        window_of(model, window)
     training = model.training
     try:
         lm = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=settings["batch"], max_length=window
         )
+        lm._loglikelihood_tokens = partial(_scored, lm, lm._loglikelihood_tokens)
         set_seed(settings["seed"])
         found = ask(lm, tasks, limit=settings["limit"], bootstrap_iters=_RESAMPLED)
     finally:
         model.train(training)
+    for samples in found["samples"].values():
+        check_answers(samples)
     groups = found.get("groups", {})
     return TaskReport(
         names=(_name(source, "model"), "against"),
-        scores=tuple(_score(name, found) for name in dict.fromkeys([*names, *groups])),
-        members=tuple(_score(name, found) for name in found["n-samples"] if name not in names),
+        scores=tuple(score_of(name, found) for name in dict.fromkeys([*names, *groups])),
+        members=tuple(score_of(name, found) for name in found["n-samples"] if name not in names),
         pinned=_pinned(model, lm, found, data_dir, settings),
     )
+
+
+def _scored(
+    lm: Any,
+    score: Callable[..., Any],
+    requests: Sequence[tuple[Any, Any, Sequence[int]]],
+    **named: Any,
+) -> Any:
+    """Return what `score` finds of requests, whose answers lm-eval asserts to fit into a window.
+
+    Raises:
+        InvalidArgumentError: If one does not.
+    """
+    longest = max(len(answer) for _, _, answer in requests)
+    if longest > lm.max_length:
+        raise InvalidArgumentError(
+            f"`window={lm.max_length}` is too small for an answer of {longest} tokens."
+        )
+    return score(requests, **named)
 
 
 def open_with_tokenizer(
@@ -227,42 +185,6 @@ def open_with_tokenizer(
     return load(source, dtype=dtype).to(device or "cpu"), tokenizer
 
 
-def _score(name: str, found: dict[str, Any]) -> TaskScore:
-    """Return the score of a task, or of a group of tasks, out of what lm-eval has found."""
-    result = {**found["results"], **found.get("groups", {})}[name]
-    values = {
-        key.partition(",")[0]: value
-        for key, value in result.items()
-        if "," in key and isinstance(value, float) and "_stderr" not in key
-    }
-    metric = next((metric for metric in _PREFERRED if metric in values), next(iter(values), None))
-    if metric is None:
-        raise YopoError(f"lm-eval has found no number for {name!r}.")
-    errors = [value for key, value in result.items() if key.startswith(f"{metric}_stderr,")]
-    members = _members(name, found["group_subtasks"])
-    samples = [sample for member in members for sample in found["samples"][member]]
-    return TaskScore(
-        task=name,
-        metric=metric,
-        questions=len(samples),
-        chance=_chance(samples) if metric in ("acc", "acc_norm") else None,
-        model=Score(values[metric], float(errors[0]) if errors and errors[0] != "N/A" else None),
-    )
-
-
-def _members(name: str, children: dict[str, list[str]]) -> list[str]:
-    """Return the tasks inside a group, or the task itself."""
-    if not children.get(name):
-        return [name]
-    return [task for child in children[name] for task in _members(child, children)]
-
-
-def _chance(samples: Sequence[dict[str, Any]]) -> float | None:
-    """Return what guessing scores: the mean of one over the number of choices."""
-    choices = [len(sample["resps"]) for sample in samples]
-    return sum(1 / count for count in choices) / len(choices) if min(choices) > 1 else None
-
-
 def _pinned(
     model: Any,
     lm: Any,
@@ -275,7 +197,7 @@ def _pinned(
     return {
         "lm-eval": version("lm-eval"),
         "task versions": {name: versions[name] for name in found["n-samples"]},
-        "questions from": "the hub" if data_dir is None else str(data_dir),
+        "questions from": "the hub" if data_dir is None else str(Path(data_dir)),
         "few-shot": shots.pop() if len(shots) == 1 else found["n-shot"],
         "limit": settings["limit"],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -67,9 +67,10 @@ def read_text(source: str | Path, *, field: str = "text") -> str:
     if str(source) in NAMED:
         return _downloaded(str(source))
     file = Path(source)
-    if not file.is_file():
+    if not is_file(source):
         raise InvalidArgumentError(
-            f"`{source}` is no file, and none of the texts that have a name: {', '.join(NAMED)}."
+            f"{str(source)!r:.80} is no file, and none of the texts that have a name: "
+            f"{', '.join(NAMED)}."
         )
     try:
         text = file.read_text(encoding="utf-8")
@@ -83,6 +84,14 @@ def read_text(source: str | Path, *, field: str = "text") -> str:
     if not text.strip():
         raise InvalidArgumentError(f"`{file}` holds no text.")
     return text
+
+
+def is_file(source: str | Path) -> bool:
+    """Tell whether there is such a file; a text in the place of a path is too long to be one."""
+    try:
+        return Path(source).is_file()
+    except OSError:
+        return False
 
 
 def tokens_of(source: Tensor | str | Path, tokenizer: Any) -> Tensor:
@@ -110,6 +119,11 @@ def tokens_of(source: Tensor | str | Path, tokenizer: Any) -> Tensor:
                 "text, pass `tokens.flatten()`."
             )
         return source.flatten()
+    if not isinstance(source, str | Path):
+        raise InvalidArgumentError(
+            f"a text must be a string, a `Path` or token ids, got {type(source).__name__}. Join "
+            "several by blank lines."
+        )
     text = read_text(source) if isinstance(source, Path) or source in NAMED else source
     if not text.strip():
         raise InvalidArgumentError("the text is empty.")

@@ -1,8 +1,9 @@
 """Perplexity: how surprised a model is by a text.
 
-Shapes: T tokens, B windows a batch, W tokens a window.
+Shapes: T tokens, N windows, B of them a batch, W tokens a window.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo.errors import InvalidArgumentError
+from yopo.errors import InvalidArgumentError, UnsupportedModelError
 from yopo.evaluation.texts import check_tokenizer, tokens_of
+from yopo.evidence import check_tokens
 from yopo.writing import positions_of
+
+logger = logging.getLogger(__name__)
 
 _USUAL = 2048
 """Tokens a window in the papers of the field."""
@@ -56,7 +60,8 @@ def perplexity(
     Raises:
         InvalidArgumentError: If the text is empty or shorter than a window, a window exceeds the
             model's positions, there is no tokenizer for a text, it has more tokens than the model,
-            or the model gives NaN.
+            an id is outside the model's vocabulary, or the model gives NaN.
+        UnsupportedModelError: If the model is no causal language model.
         YopoError: If a named text needs `datasets`, which is not installed.
         OSError: If a named text cannot be downloaded.
 
@@ -64,7 +69,13 @@ def perplexity(
         >>> yopo.perplexity(model, torch.arange(60), window=20) > 1
         True
     """
-    window, stride = _checked(model, window, stride, batch)
+    _check_model(model)
+    window = window_of(model, window)
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise InvalidArgumentError(f"`stride` must be in [1, {window}], got {stride}.")
+    if batch < 1:
+        raise InvalidArgumentError(f"`batch` must be at least 1, got {batch}.")
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     tokens_T = tokens_of(text, tokenizer)
@@ -74,51 +85,88 @@ def perplexity(
             f"the text has {len(tokens_T)} tokens, fewer than a window of {window}: pass a longer "
             f"text or a smaller `window`.{hint}"
         )
-    windows = tokens_T.unfold(0, window, stride)
+    check_tokens(model, tokens_T[:, None], called="text")
+    surprise = _mean_surprise(model, tokens_T.unfold(0, window, stride), stride, batch)
+    check_finite(surprise)
+    found = math.exp(surprise) if surprise < _LARGEST else math.inf
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if tokenizer is not None and found > len(embeddings.weight):
+        logger.warning(
+            "A perplexity of %.4g is worse than chance, %d. Is `tokenizer` the model's own?",
+            found,
+            len(embeddings.weight),
+        )
+    return found
+
+
+def _mean_surprise(model: nn.Module, windows_NW: Tensor, stride: int, batch: int) -> float:
+    """Return the mean negative log-likelihood in nats of all tokens that count."""
     device = next(model.parameters()).device
     training = model.training
     total, count = 0.0, 0
     try:
         model.eval()
         with torch.no_grad():
-            for number, ids_BW in enumerate(torch.split(windows, batch)):
+            for number, ids_BW in enumerate(torch.split(windows_NW, batch)):
                 logits = model(input_ids=ids_BW.to(device), use_cache=False).logits
                 targets = ids_BW[:, 1:].to(logits.device)
                 loss = nn.functional.cross_entropy(
                     logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
                 ).view_as(targets)
                 counts = torch.zeros_like(targets, dtype=torch.bool)
-                counts[:, max(0, window - 1 - stride) :] = True
+                counts[:, max(0, windows_NW.shape[1] - 1 - stride) :] = True
                 if number == 0:
                     counts[0] = True
                 total, count = total + float(loss[counts].double().sum()), count + int(counts.sum())
     finally:
         model.train(training)
-    if not math.isfinite(total):
-        raise InvalidArgumentError(
-            "the model gives logits that are not finite. In float16 activations may overflow: load "
-            "it in bfloat16 or float32."
-        )
-    return math.exp(total / count) if total / count < _LARGEST else math.inf
+    return total / count
 
 
-def _checked(
-    model: nn.Module, window: int | None, stride: int | None, batch: int
-) -> tuple[int, int]:
-    """Return the window and the stride.
+def window_of(model: nn.Module, window: int | None) -> int:
+    """Return `window`, or the usual one, which is shorter where the model has fewer positions.
 
     Raises:
-        InvalidArgumentError: If one is outside its range.
+        InvalidArgumentError: If it is less than 2, or more than the positions of the model.
     """
     config: Any = model.config
     longest = positions_of(config)
     if window is None:
-        window = _USUAL if longest is None else min(_USUAL, longest)
+        return _USUAL if longest is None else min(_USUAL, longest)
     if window < 2 or (longest is not None and window > longest):
         most = "" if longest is None else f", and at most {longest}, the positions of the model"
         raise InvalidArgumentError(f"`window` must be at least 2{most}, got {window}.")
-    if stride is not None and not 1 <= stride <= window:
-        raise InvalidArgumentError(f"`stride` must be in [1, {window}], got {stride}.")
-    if batch < 1:
-        raise InvalidArgumentError(f"`batch` must be at least 1, got {batch}.")
-    return window, stride or window
+    return window
+
+
+def check_finite(value: float) -> None:
+    """Check that what has come of logits is a number.
+
+    Raises:
+        InvalidArgumentError: If it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise InvalidArgumentError(
+            "the model gives logits that are not finite. In float16 activations may overflow: load "
+            "it in bfloat16 or float32."
+        )
+
+
+def _check_model(model: Any) -> None:
+    """Check that perplexity is defined for a model.
+
+    Raises:
+        InvalidArgumentError: If it is not in memory.
+        UnsupportedModelError: If it is no causal language model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"`model` must be a model in memory, got {model!r}. Load it with `yopo.load`."
+        )
+    config: Any = model.config
+    can_generate = getattr(model, "can_generate", None)
+    if config.is_encoder_decoder or (can_generate is not None and not can_generate()):
+        raise UnsupportedModelError(
+            f"perplexity is that of causal language models, got {type(model).__name__}. Pass the "
+            "model with its language-model head."
+        )

@@ -26,6 +26,8 @@ _KIND, _FORMAT = "yopo-pruning-report", 1
 
 _AS_THEY_ARE = ("base", "model_class", "needs_yopo", "call")
 _MAPPINGS = ("recipe", "versions", "metadata", "seconds", "ks")
+_NEWER_MAPPINGS = ("measured", "recovery")
+"""Those that a report need not have."""
 
 
 def values_of(report: "PruningReport") -> dict[str, Any]:
@@ -38,7 +40,7 @@ def values_of(report: "PruningReport") -> dict[str, Any]:
         "ratio": {"asked": plan.ratio, "reached": plan.ratio_reached},
         "before": asdict(report.before),
         "after": asdict(report.after),
-        **{name: dict(getattr(report, name)) for name in _MAPPINGS},
+        **{name: dict(getattr(report, name)) for name in (*_MAPPINGS, *_NEWER_MAPPINGS)},
         "perplexities": {
             text: {"dense": dense, "pruned": pruned}
             for text, (dense, pruned) in report.perplexities.items()
@@ -83,6 +85,7 @@ def _fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
         "before": Sizes(**values["before"]),
         "after": Sizes(**values["after"]),
         **{name: dict(values[name]) for name in _MAPPINGS},
+        **{name: dict(values.get(name, {})) for name in _NEWER_MAPPINGS},
         "perplexities": {
             text: (float(pair["dense"]), float(pair["pruned"]))
             for text, pair in values["perplexities"].items()

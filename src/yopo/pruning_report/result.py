@@ -4,16 +4,14 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 
-from yopo.card import MARK, base_name, read_metadata, set_aside
+from yopo.card import MARK, set_aside
 from yopo.errors import InvalidArgumentError, PolicyFileError, YopoError
 from yopo.evaluation import TaskReport
 from yopo.pages import to_html, to_markdown
@@ -24,7 +22,6 @@ from yopo.pruning_report.spectra import Pair, compare
 from yopo.reinforce import Episode
 from yopo.report import Sizes
 from yopo.speed.result import SpeedReport
-from yopo.upkeep import WIDTHS_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +55,8 @@ class PruningReport:
         kept_by_norm: The share kept of each tenth of an FFN's rows, by the norm of the gate row,
             lowest first.
         perplexities: For each text the perplexity of the dense and of the pruned model.
+        measured: For each text how its perplexity was measured, such as the window.
+        recovery: How it was recovered afterwards, call and settings; empty if it was not.
         tasks: What `evaluate` has found.
         speed: What `benchmark` has measured.
 
@@ -82,6 +81,8 @@ class PruningReport:
     spectra: Mapping[str, Pair] = field(default_factory=dict)
     kept_by_norm: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     perplexities: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recovery: Mapping[str, Any] = field(default_factory=dict)
     tasks: TaskReport | None = None
     speed: SpeedReport | None = None
 
@@ -100,13 +101,16 @@ class PruningReport:
         found = compare(self.plan, dense)
         return replace(self, ks=found.ks, spectra=found.spectra, kept_by_norm=found.kept_by_norm)
 
-    def with_perplexity(self, text: str, *, dense: float, pruned: float) -> Self:
+    def with_perplexity(
+        self, text: str, *, dense: float, pruned: float, how: Mapping[str, Any] | None = None
+    ) -> Self:
         """Return this report with the perplexities of both models on a text.
 
         Args:
             text: What the text is called.
             dense: The perplexity of the dense model.
             pruned: That of the pruned one.
+            how: How they were measured, such as `{"window": 2048, "dtype": "bfloat16"}`.
 
         Raises:
             InvalidArgumentError: If one is no positive finite number.
@@ -117,7 +121,9 @@ class PruningReport:
                     f"`{name}` must be a positive finite number, got {value!r}."
                 )
         found = dict(self.perplexities) | {text: (float(dense), float(pruned))}
-        return replace(self, perplexities=found)
+        measured = {name: told for name, told in self.measured.items() if name != text}
+        measured |= {} if how is None else {text: dict(how)}
+        return replace(self, perplexities=found, measured=measured)
 
     def with_tasks(self, tasks: TaskReport) -> Self:
         """Return this report with what `evaluate` has measured of the pruned model.
@@ -256,57 +262,6 @@ class PruningReport:
 
     def _json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-
-
-def report_of(
-    model: Any,
-    plan: PruningPlan,
-    *,
-    sizes: tuple[Sizes, Sizes],
-    call: str,
-    source: str | Path | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    history: Sequence[Episode] = (),
-    seconds: Mapping[str, float] | None = None,
-) -> PruningReport:
-    """Return the report of a model that has been cut.
-
-    Args:
-        model: The model; of it, its class and its config are looked at.
-        plan: What was applied.
-        sizes: Those before and after.
-        call: What made it.
-        source: Where it was loaded from; by default where its config says.
-        recipe: Settings of the pruner.
-        history: Episodes of the policy.
-        seconds: How long each step took.
-    """
-    if source is None:
-        source = str(getattr(model.config, "_name_or_path", "") or "")
-    return PruningReport(
-        base=base_name(source),
-        model_class=type(model).__name__,
-        plan=plan,
-        before=sizes[0],
-        after=sizes[1],
-        needs_yopo=bool(getattr(model.config, WIDTHS_KEY, None)),
-        call=call,
-        recipe=recipe or {},
-        versions=_versions(),
-        metadata=read_metadata(source),
-        history=tuple(history),
-        seconds=seconds or {},
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__)}
-    for name, package in (("transformers", "transformers"), ("yopo", "yopo-prune")):
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
 
 
 def _write(file: Path, text: str) -> None:

@@ -26,13 +26,22 @@ _KEPT = (
 
 _LABELS = {"ratio": "ratio of the policy", "evidence_used": "evidence used"}
 
-_ON_CARD = {"What was removed", "Widths", "How it was made", "Perplexity", "Tasks", "Speed"}
+_ON_CARD = {
+    "What was removed",
+    "Widths",
+    "How it was made",
+    "Recovery",
+    "Perplexity",
+    "Tasks",
+    "Speed",
+}
 """Sections that a model card has too."""
 
 
 def title_of(report: "PruningReport") -> str:
     """Return what stands above the report."""
-    return f"{name_of(report)}, pruned at a ratio of {report.plan.ratio:g}"
+    recovered = " and recovered" if report.recovery else ""
+    return f"{name_of(report)}, pruned at a ratio of {report.plan.ratio:g}{recovered}"
 
 
 def name_of(report: "PruningReport") -> str:
@@ -62,7 +71,8 @@ def sections_of(
         text += f"{first:.4g} in the first and {last:.4g} in the last."
         yield Section("Learning", text, picture=drawn.get("rewards", b""))
     if report.perplexities:
-        yield Section("Perplexity", rows=perplexity_rows(report.perplexities))
+        told = [f"{text}: {_in_short(how)}." for text, how in report.measured.items()]
+        yield Section("Perplexity", " ".join(told), rows=perplexity_rows(report.perplexities))
     if report.tasks is not None:
         yield Section("Tasks", report.tasks.settings, rows=report.tasks.rows())
     if report.speed is not None:
@@ -82,8 +92,19 @@ def _sections_of_the_cut(report: "PruningReport") -> Iterator[Section]:
         **{f"version of {name}": found for name, found in report.versions.items()},
         **{f"seconds to {step}": f"{spent:.2f}" for step, spent in report.seconds.items()},
     }
-    table = [["setting", "value"], *([name, str(value)] for name, value in settings.items())]
-    yield Section("How it was made", code=report.call, rows=table)
+    yield Section("How it was made", code=report.call, rows=_table(settings))
+    if report.recovery:
+        call = {"call": "", **report.recovery}
+        text = "After the cut low-rank adapters were trained and merged into the weights."
+        yield Section("Recovery", text, code=call.pop("call"), rows=_table(call))
+
+
+def _table(settings: Mapping[str, object]) -> list[list[str]]:
+    return [["setting", "value"], *([name, str(value)] for name, value in settings.items())]
+
+
+def _in_short(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _in_words(report: "PruningReport") -> str:

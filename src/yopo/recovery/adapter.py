@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from yopo.errors import PolicyFileError
 from yopo.recovery.settings import RecoverySettings
 from yopo.recovery.targets import Places
 
@@ -42,13 +43,23 @@ class Trained:
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Read what `save` wrote."""
-        with safe_open(file, "pt") as opened:
-            told = opened.metadata()
-            names = list(opened.keys())
-            weights = {name: opened.get_tensor(name) for name in names}
-        first, loss = float(told["first"]), float(told["loss"])
-        return cls(weights, first, loss, int(told["step"]), int(told["waited"]))
+        """Read what `save` wrote.
+
+        Raises:
+            PolicyFileError: If it is damaged.
+        """
+        try:
+            with safe_open(file, "pt") as opened:
+                told = opened.metadata()
+                names = list(opened.keys())
+                weights = {name: opened.get_tensor(name) for name in names}
+            first, loss = float(told["first"]), float(told["loss"])
+            return cls(weights, first, loss, int(told["step"]), int(told["waited"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise PolicyFileError(
+                f"`{file}` is damaged: {error}. Delete `{file.parent}`, and the same call trains "
+                "again what is missing."
+            ) from error
 
 
 def put_on(model: Any, places: Places, settings: RecoverySettings) -> Any:

@@ -1,15 +1,20 @@
-"""What must hold of a call before anything is written or trained."""
+"""What must hold of a call before anything is written or trained.
+
+Shapes: B windows, W tokens a window, V vocabulary.
+"""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from yopo.adapters import check_weights, find_ffns
 from yopo.errors import InvalidArgumentError, UnsupportedModelError, missing_extra
 from yopo.ranks import rank_and_count
 from yopo.recovery.settings import TARGETS, RecoverySettings
 from yopo.recovery.targets import Places, find_places
-from yopo.recovery.texts import Data, is_self
+from yopo.recovery.texts import Data, is_self, readable_length
 from yopo.writing import can_write
 
 
@@ -39,10 +44,11 @@ def check_call(
         )
     if not isinstance(seed, int) or seed < 0:
         raise InvalidArgumentError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
-    if isinstance(model, str | Path):
-        raise InvalidArgumentError(
-            f"`model` must be a model in memory, got {str(model)!r}. Load it with `yopo.load`."
-        )
+    for name, given in (("model", model), ("teacher", teacher)):
+        if given is not None and not isinstance(given, nn.Module):
+            raise InvalidArgumentError(
+                f"`{name}` must be a model in memory, got {given!r}. Load it with `yopo.load`."
+            )
     ffns = find_ffns(model)
     check_weights(ffns)
     if not model.can_generate() or model.config.is_encoder_decoder:
@@ -74,6 +80,29 @@ def check_call(
             "`dataclasses.replace(settings, dropout=0.0)`, or `targets='attention'`."
         )
     return places
+
+
+def check_logits(model: Any, name: str) -> None:
+    """Check that a model computes numbers, before it is trained or teaches.
+
+    Args:
+        model: The model.
+        name: The argument that it was passed as.
+
+    Raises:
+        UnsupportedModelError: If it gives NaN or infinity.
+    """
+    embeddings = model.get_input_embeddings().weight
+    # Kernels of attention that are made for a few tokens may lose NaN.
+    length = readable_length(model, 64)
+    ids_BW = torch.arange(length, device=embeddings.device)[None] % len(embeddings)
+    with torch.no_grad():
+        logits_BWV = model(input_ids=ids_BW, use_cache=False).logits
+    if logits_BWV.isnan().any() or logits_BWV.isposinf().any():
+        raise UnsupportedModelError(
+            f"`{name}` gives logits that are NaN or infinite. Mend the checkpoint, or load it in a "
+            "wider `dtype`."
+        )
 
 
 def _check_teacher(model: Any, teacher: Any) -> None:

@@ -4,6 +4,7 @@ Shapes: N windows, W tokens a window.
 """
 
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from yopo.errors import InvalidArgumentError
+from yopo.errors import InvalidArgumentError, PolicyFileError, YopoError
 from yopo.files import read_folder, write_folder
-from yopo.ranks import on_first_rank, rank_and_count
+from yopo.ranks import on_first_rank
 from yopo.recovery.adapter import Trained, save_adapter
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,15 @@ logger = logging.getLogger(__name__)
 _KIND = "recovery"
 _ADAPTER = "adapter"
 BEST = "best.safetensors"
-"""The best adapter so far, written last of all into a checkpoint: what has it is whole."""
+"""The best adapter so far, in each checkpoint and beside the adapter."""
+
+_CHECKSUMS = "checksums.json"
+"""Those of all other files of a checkpoint, written last of all: what has it was whole."""
+
+GOES_ON = (
+    "The model is as it was. Free some space and call `recover` again with this `output`: it goes "
+    "on from the last checkpoint."
+)
 
 
 class RecoveryFolder:
@@ -75,15 +84,32 @@ class RecoveryFolder:
             on_first_rank(lambda: write_folder(self.path, _KIND, self._description, text))
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint; those that are not are deleted."""
-        checkpoints = sorted(
-            self.path.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])
-        )
-        whole = [folder for folder in checkpoints if (folder / BEST).exists()]
-        if rank_and_count()[0] == 0:
-            for folder in set(checkpoints) - set(whole):
+        """Return the newest whole checkpoint, None if there is none; newer ones are deleted.
+
+        Raises:
+            PolicyFileError: If one is damaged, and there is none before it.
+        """
+        return on_first_rank(self._last_checkpoint)
+
+    def _last_checkpoint(self) -> Path | None:
+        damaged: list[Path] = []
+        for folder in sorted(self.path.glob("checkpoint-*"), key=_number, reverse=True):
+            file = _damaged_file(folder)
+            if not (folder / _CHECKSUMS).exists():  # whoever was writing it has been interrupted
                 shutil.rmtree(folder, ignore_errors=True)
-        return whole[-1] if whole else None
+            elif file is not None:
+                damaged.append(file)
+            else:
+                for file in damaged:
+                    logger.warning("`%s` is damaged: going on from the checkpoint before.", file)
+                    shutil.rmtree(file.parent, ignore_errors=True)
+                return folder
+        if damaged:
+            raise PolicyFileError(
+                f"`{damaged[0]}` is damaged, and no checkpoint before it is whole. Delete all "
+                f"`checkpoint-*` in `{self.path}`, and the same call begins anew."
+            )
+        return None
 
     def finish(self, adapted: Any, trained: Trained) -> None:
         """Write the adapter as peft does, all or nothing, and drop the checkpoints.
@@ -105,7 +131,41 @@ class RecoveryFolder:
                 with suppress(OSError):
                     shutil.rmtree(folder)
 
-        on_first_rank(work)
+        try:
+            on_first_rank(work)
+        except YopoError as error:
+            raise YopoError(
+                f"cannot write the adapter into `{self.path}`: {error}. {GOES_ON}"
+            ) from error
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down that a checkpoint is whole, with checksums of its files."""
+    sums = {file.name: _sha256(file) for file in checkpoint.iterdir()}
+    (checkpoint / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def _damaged_file(checkpoint: Path) -> Path | None:
+    """Return a file of a checkpoint that is not as it was written, None if all are."""
+    file = checkpoint / _CHECKSUMS
+    try:
+        sums: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        for name, found in sums.items():
+            file = checkpoint / name
+            if _sha256(file) != found:
+                return file
+    except (OSError, ValueError):
+        return file
+    return None
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checksum(tokens: Tensor) -> str:

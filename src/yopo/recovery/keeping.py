@@ -1,8 +1,10 @@
 """What training changes on the way and has to put back: modules, modes, precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from torch import nn
 
 Undo = Callable[[], None]
 
@@ -47,6 +49,17 @@ def remember_state(model: Any) -> Undo:
             config.use_cache = use_cache
         if not hooked and hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()
+
+    return undo
+
+
+def remember_values(parameters: Iterable[nn.Parameter]) -> Undo:
+    """Return what puts back the values of parameters, which the CPU keeps until then."""
+    values = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+
+    def undo() -> None:
+        for parameter, value in values:
+            parameter.data.copy_(value)
 
     return undo
 

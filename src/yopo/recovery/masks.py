@@ -16,32 +16,36 @@ from torch.utils.checkpoint import checkpoint
 from yopo.recovery.targets import Places
 
 _LEAST = 0.01
-"""From which share of zeros on a matrix keeps them.
+"""From which share of zeros on adapters are trained to keep them, which takes time.
 
-A dense one has next to none, and one that was rounded to few bits loses little by keeping its own.
+A dense matrix has next to none. Those are kept when it is merged, which changes next to nothing.
 """
 
 
 def is_sparse(model: nn.Module, places: Places) -> bool:
     """Tell whether a matrix of `model` that gets an adapter has zeros to keep."""
-    names = (*(f"{name}.weight" for name in places.modules), *places.parameters)
-    return any(_has_zeros(model.get_parameter(name)) for name in names)
+    return any(_has_zeros(model.get_parameter(name), _LEAST) for name in places.names)
 
 
-def keep_zeros(adapted: Any) -> None:
-    """Let the adapters of sparse matrices change no weight that is zero."""
+def keep_zeros(adapted: Any, *, least: float = _LEAST) -> None:
+    """Let adapters change no weight that is zero.
+
+    Args:
+        adapted: A model with adapters.
+        least: From which share of zeros on.
+    """
     from peft.tuners.lora.layer import Linear, ParamWrapper
 
     for layer in adapted.modules():
-        if isinstance(layer, Linear) and _has_zeros(layer.weight):
+        if isinstance(layer, Linear) and _has_zeros(layer.weight, least):
             layer.lora_variant.update(dict.fromkeys(layer.lora_A, _KeepsZeros()))
-        elif isinstance(layer, ParamWrapper) and _has_zeros(layer.get_param()):
+        elif isinstance(layer, ParamWrapper) and _has_zeros(layer.get_param(), least):
             _keep_zeros_of_experts(layer)
 
 
-def _has_zeros(matrix: Tensor) -> bool:
+def _has_zeros(matrix: Tensor, least: float) -> bool:
     zeros = matrix.numel() - int(torch.count_nonzero(matrix.detach()))
-    return zeros > 0 and zeros >= _LEAST * matrix.numel()
+    return zeros > 0 and zeros >= least * matrix.numel()
 
 
 class _KeepsZeros:

@@ -55,7 +55,8 @@ def portions_of(
         )
     text: Tensor | None = None
     if not is_self(data):
-        most = settings.samples + (_HELD if held is None else 0)
+        # Of so many, `_split` leaves as many as there may be samples.
+        most = settings.samples + (_count_held(settings.samples, _SHARE - 1) if held is None else 0)
         text = read_windows(
             data, "data", tokenizer=tokenizer, model=model, most=most, length=length
         )
@@ -85,9 +86,14 @@ def _split(text_NW: Tensor, held_NW: Tensor | None) -> dict[str, Tensor]:
                 f"`data` holds one window of {text_NW.shape[1]} tokens, and needs two, one of them "
                 "to validate on: pass more text, `validation`, or a smaller `window`."
             )
-        count = max(1, min(_HELD, len(text_NW) // _SHARE))
+        count = _count_held(len(text_NW), _SHARE)
         text_NW, held_NW = text_NW[:-count], text_NW[-count:]
     return {"text": text_NW.contiguous(), "validation": held_NW.contiguous()}
+
+
+def _count_held(windows: int, share: int) -> int:
+    """Return how many are held out, one for every `share` of those windows."""
+    return max(1, min(_HELD, windows // share))
 
 
 def _check_fit(model: Any, teacher: nn.Module | None, text_NW: Tensor) -> None:

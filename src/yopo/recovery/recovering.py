@@ -13,13 +13,14 @@ from yopo.generators import generators_put_back
 from yopo.precision import in_float32
 from yopo.ranks import check_agreement
 from yopo.recovery.adapter import Trained, put_on, write_weights
-from yopo.recovery.checks import check_call, check_installed
+from yopo.recovery.checks import check_call, check_installed, check_logits
 from yopo.recovery.folder import RecoveryFolder, checksum
 from yopo.recovery.keeping import (
     put_back,
     put_back_on_error,
     remember_modules,
     remember_state,
+    remember_values,
     verbosity_put_back,
 )
 from yopo.recovery.masks import is_sparse, keep_zeros
@@ -70,8 +71,8 @@ def recover(
         targets: Which matrices get an adapter: those of the "attention", of the "ffn", or "both".
         validation: Text to choose the best adapter by, as `data`; by default the last windows of
             `data`, a tenth of them and at most 64, which are not learned from.
-        merge: Whether to merge the adapters into the weights, or to return a `PeftModel`. In
-            matrices of which 1 % or more are zeros, merging leaves every zero at zero.
+        merge: Whether to merge the adapters into the weights, where every zero stays zero, or to
+            return a `PeftModel`.
         output: Folder for checkpoints and at last the adapter. The same call goes on from there
             after an interruption. None writes no files.
         seed: Seed of all randomness, at least 0. The global generators are left as they were.
@@ -83,13 +84,14 @@ def recover(
         InvalidArgumentError: If an argument is outside its range, there is too little text, the
             tokenizer or the teacher is not that of the model, or `output` holds something else.
         UnsupportedModelError: If the model is no causal language model, cannot be pruned, has
-            weights that are NaN or infinite, or has no such targets; or the teacher cannot write.
+            weights or logits that are NaN or infinite, or has no such targets; or the teacher
+            cannot write, or gives NaN.
         PolicyFileError: If files in `output` are damaged.
         YopoError: If peft or accelerate is missing, the loss becomes NaN before anything is won,
             or a file cannot be written.
 
     Example:
-        >>> model = yopo.recover(model, teacher=dense)  # doctest: +SKIP
+        >>> model = yopo.recover(model, teacher=dense)
     """
     check_installed()
     chosen = settings_by_name(settings)
@@ -103,15 +105,19 @@ def recover(
     }
     if is_sparse(model, places):
         job["merge"] = merge  # an adapter that keeps zeros is another than one that need not
+        if not merge:
+            logger.warning(
+                "The model is sparse, and adapters that are not merged know of no zeros: merging "
+                "them later fills those. `merge=True` keeps them."
+            )
     with ExitStack() as stack:
         stack.enter_context(generators_put_back())
         stack.enter_context(verbosity_put_back())
-        for each in (model, teacher):
+        for name, each in (("model", model), ("teacher", teacher)):
             if each is not None:
                 stack.enter_context(put_back(remember_state(each)))
                 stack.enter_context(in_float32(each))
-        if teacher is not None:
-            teacher.eval()
+                check_logits(each.eval(), name)
         texts, folder = portions_of(
             model, data, teacher, tokenizer, chosen, validation, output, job
         )
@@ -157,6 +163,7 @@ def _finished(
             trained.loss,
             trained.step,
         )
+    matrices = [model.get_parameter(name) for name in places.names]
     undo = remember_modules(model), remember_state(model)
     with generators_put_back(), put_back_on_error(*undo):
         adapted = put_on(model, places, settings)
@@ -167,6 +174,7 @@ def _finished(
             return adapted.train(model.training)
         with put_back(*undo), interrupts_held():
             if trained.step > 0:
-                keep_zeros(adapted)
-                adapted.merge_and_unload()
+                keep_zeros(adapted, least=0.0)
+                with put_back_on_error(remember_values(matrices)):
+                    adapted.merge_and_unload()
     return model

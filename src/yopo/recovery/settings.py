@@ -25,7 +25,8 @@ class RecoverySettings:
         rank: Rank of the adapters, at least 1.
         alpha: Their weight: what an adapter adds is scaled by `alpha / rank`; positive.
         dropout: Share of an adapter's inputs that are dropped in training, in [0, 1).
-        samples: Windows to learn from, at most; of a shorter text all are used.
+        samples: Windows of a text to learn from, at most; the last, if they fill no batch, are left
+            out.
         written: Windows that the dense model writes where there is no text, at least 2.
         window: Tokens a window, at least 2; less where the model cannot read as many.
         batch: Windows a step of the optimiser, those of all ranks together.

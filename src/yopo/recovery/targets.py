@@ -30,6 +30,11 @@ class Places:
     transposed: bool
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all these matrices among the parameters of the model."""
+        return (*(f"{name}.weight" for name in self.modules), *self.parameters)
+
+    @property
     def may_idle(self) -> bool:
         """Tell whether some may get no gradient in a step, as experts that no token goes to."""
         return any("experts." in name for name in self.modules)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo.errors import InvalidArgumentError
-from yopo.evaluation.texts import check_tokenizer, read_text
+from yopo.evaluation.texts import check_tokenizer, is_file, read_text
 from yopo.ranks import gather, own
 from yopo.writing import SEQUENCES, positions_of, split_into, write_tokens
 
@@ -142,10 +142,10 @@ def _texts(data: Data, name: str) -> Iterator[str]:
         InvalidArgumentError: If `data` is none of these.
     """
     if isinstance(data, str | Path):
-        if not Path(data).is_file():
+        if not is_file(data):
             raise InvalidArgumentError(
                 f"`{name}` must be a file, strings, a data set with a column 'text', or token ids, "
-                f"got {str(data)!r}, which is no file. For a text in memory pass `[text]`."
+                f"got {str(data)!r:.80}, which is no file. For a text in memory pass `[text]`."
             )
         yield read_text(Path(data).absolute())
         return

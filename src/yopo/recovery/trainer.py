@@ -6,7 +6,9 @@ Shapes: B windows, W tokens a window, V vocabulary. Whoever imports this has tra
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils.logging import tqdm
 
 from yopo.errors import YopoError
+from yopo.ranks import gather
 from yopo.recovery.adapter import Trained, read_weights, save_adapter
-from yopo.recovery.folder import BEST
+from yopo.recovery.folder import BEST, GOES_ON, seal
 from yopo.recovery.losses import distillation_loss, next_token_loss
 
 
@@ -83,19 +86,34 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         save_adapter(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, and the best adapter into it when everything else is there."""
+        """Write a checkpoint, and what says that it is whole when all ranks have done their part.
+
+        Raises:
+            YopoError: If one of them cannot, on all.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
+
+        def finish() -> None:
             if self.args.should_save:
                 self._best.trained.save(folder / BEST)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise YopoError(
-                f"cannot write the checkpoint `{folder}`: {error}. The model is as it was. Free "
-                "some space and call `recover` again with this `output`: it goes on from the "
-                "checkpoint before."
-            ) from error
+                seal(folder)
+
+        problem = _problem_of(partial(super()._save_checkpoint, model, trial))
+        problem = problem or _problem_of(finish)
+        if problem is not None:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise YopoError(f"cannot write the checkpoint `{folder}`: {problem}. {GOES_ON}")
+
+
+def _problem_of(work: Callable[[], None]) -> str | None:
+    """Do some work on all ranks, and return on all what went wrong on one of them, if anything."""
+    problem: str | None = None
+    try:
+        work()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = str(error) or repr(error)
+    return next((told for told in gather([problem]) if told is not None), None)
 
 
 class Best(TrainerCallback):  # type: ignore[misc]
@@ -123,9 +141,15 @@ class Best(TrainerCallback):  # type: ignore[misc]
         """Remember the adapter if it is the best, or count how long there has been none.
 
         Raises:
-            DivergedError: If the loss is not finite.
+            YopoError: If the loss is not finite before training.
+            DivergedError: If it is not later on.
         """
         loss, step = float(given["metrics"]["eval_loss"]), state.global_step
+        if not math.isfinite(loss) and step == 0:
+            raise YopoError(
+                "the validation loss is NaN or infinite before training: the model, or the "
+                "teacher, gives such logits. Mend the checkpoint, or load it in a wider `dtype`."
+            )
         if not math.isfinite(loss):
             raise DivergedError(f"the validation loss became NaN or infinite at step {step}")
         before = self.trained

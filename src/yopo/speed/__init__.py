@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from yopo.errors import InvalidArgumentError, UnsupportedModelError
-from yopo.loading import load
+from yopo.loading import load, read_config
 from yopo.memory import is_out_of_memory
 from yopo.speed.machine import forget_peak, peak, wait
 from yopo.speed.result import Speed, SpeedReport
@@ -43,7 +43,8 @@ def benchmark(
     Prompts of random tokens are read in one pass that computes all logits (prefill). Then the
     likeliest tokens are written, one a pass, with a key-value cache (decode). Both models stay in
     memory and run one after the other in every repeat, so that whatever else the machine does hits
-    both. How long loading takes depends on where the files are: on the disk, or still in memory.
+    both. Each is loaded twice before, and the second time counts: by then the files are in memory,
+    if that has room for them.
 
     Args:
         model: A folder, a name on the hub, or a model in memory, which is run where it is.
@@ -62,14 +63,14 @@ def benchmark(
     Raises:
         InvalidArgumentError: If a number is not a positive integer, a model cannot read as many
             tokens, `dtype` or `device` is unknown or has nothing to load, or a folder holds no
-            model.
+            model that transformers has, or a damaged one.
         UnsupportedModelError: If a model is an encoder-decoder, reads other than token ids, writes
             without a key-value cache, is quantised, offloaded or on several devices, or memory is
             too small.
         OSError: If there is no such folder and no such model on the hub.
 
     Example:
-        >>> print(yopo.benchmark("llama-pruned", "llama"))  # doctest: +SKIP
+        >>> print(yopo.benchmark("llama-pruned", "llama"))
     """
     counts = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
     for name, count in counts.items():
@@ -85,6 +86,8 @@ def benchmark(
     for source in sources:
         _check(source, prompt, new_tokens)
     try:
+        for source in sources:  # imports and the disk would count for whichever comes first
+            _load(source, *place)
         loaded = [_load(source, *place) for source in sources]
         speeds = time_in_turn([one for one, _, _ in loaded], **counts)
     except (RuntimeError, MemoryError) as error:
@@ -195,13 +198,8 @@ def _kind_and_config(source: _Source) -> tuple[Any, Any]:
     """
     if isinstance(source, nn.Module):
         return source, getattr(source, "config", None)
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except ValueError as error:
-        raise InvalidArgumentError(f"`{source}` holds no model: {error}") from error
-    return getattr(transformers, (config.architectures or [""])[0], None), config
+    config, model_class, _ = read_config(source)
+    return model_class, config
 
 
 def _name(source: _Source) -> str:
