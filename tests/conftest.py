@@ -1,6 +1,8 @@
 """Small models from configs in memory, the same for every test that asks for the same."""
 
 import gc
+import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -13,10 +15,12 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import yopo
 from forking import Forking
 from yopo.adapters import SOURCES
+from yopo.evidence import checksum_of
 
 torch.set_num_threads(1)
 settings.register_profile("yopo", deadline=None, derandomize=True, max_examples=30)
@@ -133,6 +137,28 @@ def _what_was_imported_is_no_garbage():
     """Spare each look for garbage, many of which a trainer asks for, what is there for good."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_text_is_written_twice(tmp_path_factory):
+    """Keep what models write as evidence, for whichever test lets the same one write it again."""
+    write, folder = yopo.evidence.write_tokens, tmp_path_factory.getbasetemp().parent / "written"
+    folder.mkdir(exist_ok=True)
+
+    def remembered(model, *, seed):
+        sizes = inspect.signature(yopo.writing.write_tokens).parameters
+        config = hashlib.md5(model.config.to_json_string(use_diff=False).encode()).hexdigest()
+        length = f"{sizes['sequences'].default}x{sizes['length'].default}"
+        file = folder / f"{config}-{checksum_of(model).hex()}-{length}-{seed}"
+        if not file.exists():
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            save_file(write(model, seed=seed), unfinished)
+            unfinished.rename(file)
+        return {name: ids.to(model.device) for name, ids in load_file(file).items()}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("yopo.evidence.write_tokens", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

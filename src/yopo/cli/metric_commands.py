@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from yopo.adapters import find_ffns
-from yopo.cli.files import check_output, copy_tokenizer
+from yopo.cli.files import check_output, copy_tokenizer, written
 from yopo.errors import InvalidArgumentError
 from yopo.evaluation.tasks import open_with_tokenizer
 from yopo.evaluation.texts import NAMED
@@ -33,6 +33,7 @@ def sparsify_command(options: argparse.Namespace) -> None:
 
     Raises:
         InvalidArgumentError: If the folder to write is not empty, or options contradict each other.
+        YopoError: If it cannot be written.
     """
     check_output(options.output)
     if options.structured:
@@ -46,8 +47,10 @@ def sparsify_command(options: argparse.Namespace) -> None:
     pruner = MetricPruner(options.metric, seed=options.seed, **text)
     pattern = options.pattern or "unstructured"
     pruner.prune(model, options.sparsity, pattern=pattern, structured=options.structured)
-    model.save_pretrained(options.output)
-    copy_tokenizer(options.model, options.output)
+    with written(options.output) as folder:
+        if folder is not None:
+            model.save_pretrained(folder)
+            copy_tokenizer(options.model, folder)
     if options.structured:
         after = sizes_of(model, find_ffns(model))
         told = f"Removed {before.ffn_rows - after.ffn_rows:,} of {before.ffn_rows:,} FFN rows."
