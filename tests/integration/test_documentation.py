@@ -208,6 +208,8 @@ def test_the_commands_of_the_page_run(page, place, capsys):
                 shutil.rmtree(arguments[arguments.index("--output") + 1], ignore_errors=True)
             if "--tasks" in arguments and "--data-dir" not in arguments:
                 arguments += ["--data-dir", "questions"]
+            if arguments[0] == "bench":
+                arguments += "--prompt 4 --new-tokens 2 --repeats 1".split()
             assert main(arguments) == 0, f"{page}:{line}: {command}\n{capsys.readouterr().err}"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
@@ -107,11 +106,3 @@ def test_the_tutorial_prints_what_it_says(name, tmp_path, monkeypatch):
             assert NUMBER.sub("#", printed) == NUMBER.sub("#", text)
             figures = [[*map(float, NUMBER.findall(one))] for one in (printed, text)]
             assert figures[0] == pytest.approx(figures[1], rel=0.03)
-
-
-def test_a_notebook_runs_in_a_kernel_of_its_own(tmp_path):
-    notebook = nbformat.read(NOTEBOOKS / "prune_from_disk.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute()
-    last = notebook.cells[-1].outputs[-1].text
-    assert last == "272 rows, finite: True\n"

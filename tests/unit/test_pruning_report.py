@@ -165,7 +165,8 @@ def test_a_policy_from_disk_is_told_by_its_folder(tmp_path):
     ("kind", "evidence", "used"),
     [("llama", "auto", "self"), ("llama", "weights", None), ("t5", "auto", "self")],
 )
-def test_the_evidence_is_told_that_was_used(kind, evidence, used):
+def test_the_evidence_is_told_that_was_used(kind, evidence, used, monkeypatch):
+    monkeypatch.setitem(yopo.writing.write_tokens.__kwdefaults__, "sequences", 8)
     pruner, _, _ = pruned(kind, pruner=PolicyPruner(evidence=evidence))
     assert pruner.report.recipe["evidence"] == evidence
     assert pruner.report.recipe.get("evidence_used") == used
