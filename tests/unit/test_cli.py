@@ -22,6 +22,15 @@ def saved(tiny_model, tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def _short_texts(monkeypatch):
+    """Let searches look at little text."""
+    for function in (yopo.symbolic.collect_statistics, yopo.symbolic.PerplexityFitness.__init__):
+        monkeypatch.setitem(function.__kwdefaults__, "sequences", 4)
+        monkeypatch.setitem(function.__kwdefaults__, "length", 32)
+    monkeypatch.setattr("yopo.divergence._LENGTH", 32)
+
+
 def test_info_tells_what_each_ratio_would_remove(saved, capsys):
     assert main(["info", saved, "--ratio", "0.5"]) == 0
     printed = capsys.readouterr().out
@@ -424,6 +433,7 @@ def test_rows_are_removed_by_a_formula_on_the_command_line(saved, tmp_path, caps
     assert AutoModelForCausalLM.from_pretrained(output).config.intermediate_size == 40
 
 
+@pytest.mark.usefixtures("_short_texts")
 def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     arguments = ["evolve", str(model_path()), "--rows", "--output", str(tmp_path / "search")]
     arguments += ["--population", "3", "--offspring", "2", "--iterations"]
@@ -438,6 +448,7 @@ def test_a_search_on_the_command_line_goes_on_where_it_ended(tmp_path, capsys):
     assert found.expression.formula() in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_short_texts")
 def test_a_search_that_is_interrupted_shows_the_best_so_far(tmp_path, capsys, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt

@@ -186,6 +186,12 @@ LEARNED = {
 EVERY = LEARNED | {"lean": PolicyPruner.lean}
 
 
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch):
+    """Let predictions be compared on little text."""
+    monkeypatch.setattr("yopo.divergence._LENGTH", 64)
+
+
 @pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
 class TestEveryMethodThatLearns:
     def test_it_keeps_a_history_of_every_layer_and_episode(self, make, tiny_llama):
