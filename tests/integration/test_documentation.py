@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     str(file.relative_to(ROOT).with_suffix("")): file
     for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    if "tutorials" not in file.parts and "results" not in file.parts
+    if "results" not in file.parts
 }
 FENCE = re.compile(
     r"^(?P<space> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^(?P=space)```$", re.M | re.S
 )
 INCLUDED = re.compile(r'^--8<-- "(.+?)"$', re.M)
-ELSEWHERE = "cd git hf llama-quantize make pip python torchrun".split()
+ELSEWHERE = "cd git hf llama-quantize make pip python torchrun transformers vllm".split()
 """Commands that pages name and this test does not run: other tools, and what has its own tests."""
 TO_DENSE = ("MODEL", "llama", "meta-llama/Llama-2-7b-hf")
 """Names of models on pages; a small one lies there."""
@@ -163,9 +163,7 @@ def pages_with(kind):
     return [page for page, file in PAGES.items() if [*blocks_of(file.read_text("utf-8"), kind)]]
 
 
-@pytest.mark.parametrize(
-    "page", [p for p, file in PAGES.items() if "```python" in file.read_text("utf-8")]
-)
+@pytest.mark.parametrize("page", [p for p in pages_with("python") if "tutorials" not in p])
 # What the libraries beside yopo that pages show say of themselves:
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 @pytest.mark.filterwarnings("ignore::UserWarning:yopo.*")
@@ -186,9 +184,7 @@ def test_the_python_of_the_page_runs(page, reader, place):
             sys.__stderr__.write(f"{page}:{line} {time.process_time():.1f}\n")
 
 
-@pytest.mark.parametrize(
-    "page", [p for p, file in PAGES.items() if "```bash" in file.read_text("utf-8")]
-)
+@pytest.mark.parametrize("page", pages_with("bash"))
 @pytest.mark.filterwarnings("ignore::UserWarning:yopo.*")
 def test_the_commands_of_the_page_run(page, place, capsys):
     text = PAGES[page].read_text(encoding="utf-8")
