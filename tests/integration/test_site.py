@@ -31,6 +31,11 @@ ARGUMENTS = (
 ).split()
 
 
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="there is no Chromium, or no driver for it"
+)
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """A server that does not write a line for each request."""
 
@@ -61,8 +66,6 @@ def address(site):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Start a browser whose requests to anywhere but this machine fail, and are told."""
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("there is no Chromium, or no driver for it")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for argument in ARGUMENTS:
