@@ -6,9 +6,7 @@ Shapes: B windows, W tokens a window, V vocabulary. Whoever imports this has tra
 
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils.logging import tqdm
 
 from yopo.errors import YopoError
-from yopo.ranks import gather
+from yopo.ranks import failing_together
 from yopo.recovery.adapter import Trained, read_weights, save_adapter
 from yopo.recovery.folder import BEST, GOES_ON, seal
 from yopo.recovery.losses import distillation_loss, next_token_loss
@@ -92,28 +90,19 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             YopoError: If one of them cannot, on all.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
-        def finish() -> None:
-            if self.args.should_save:
-                self._best.trained.save(folder / BEST)
-                seal(folder)
-
-        problem = _problem_of(partial(super()._save_checkpoint, model, trial))
-        problem = problem or _problem_of(finish)
-        if problem is not None:
+        try:
+            with failing_together():
+                super()._save_checkpoint(model, trial)
+            with failing_together():
+                if self.args.should_save:
+                    self._best.trained.save(folder / BEST)
+                    seal(folder)
+        except (OSError, RuntimeError, SafetensorError, YopoError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise YopoError(f"cannot write the checkpoint `{folder}`: {problem}. {GOES_ON}")
-
-
-def _problem_of(work: Callable[[], None]) -> str | None:
-    """Do some work on all ranks, and return on all what went wrong on one of them, if anything."""
-    problem: str | None = None
-    try:
-        work()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        problem = str(error) or repr(error)
-    return next((told for told in gather([problem]) if told is not None), None)
+            raise YopoError(
+                f"cannot write the checkpoint `{folder}`: {error}. {GOES_ON}"
+            ) from error
 
 
 class Best(TrainerCallback):  # type: ignore[misc]
