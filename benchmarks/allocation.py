@@ -3,7 +3,7 @@
     python benchmarks/allocation.py                      all models, ratios 0.2, 0.3 and 0.5
     python benchmarks/allocation.py --models embedded    one of them; rows of the others stay
 
-Writes results/allocation.json and .md. Cells are the excess log-perplexity over dense, in
+Writes docs/results/allocation.json and .md. Cells are the excess log-perplexity over dense, in
 thousandths. All methods remove the same number of rows. "adaptive" weighs the squared error of a
 layer by what the residual stream holds there, as `allocation="adaptive"` does; the other weights
 are there for comparison: "absolute" takes the error as it is, "own output" as a share of the FFN's
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import yopo
-from common import Subject, measure_subjects
+from common import Subject, measure_subjects, method_of
 from yopo import criteria
 from yopo.allocation import Losses, Spread
 from yopo.decision import decide, weigh_losses, write_restored
@@ -173,7 +173,7 @@ def measure(subject: Subject, ratios: list[float]) -> list[dict[str, Any]]:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Return a page with one table for each model, and the shares removed of each layer."""
-    lines = ["# Ratios by layer", "", (__doc__ or "").split("\n\n")[2].strip(), ""]
+    lines = ["# Ratios by layer", "", method_of(__doc__ or ""), ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         ratios = list(dict.fromkeys(row["ratio"] for row in own))

@@ -70,7 +70,9 @@ def measure_subjects(
     measure: Callable[[Subject, list[float]], Iterable[dict[str, Any]]],
     page: Callable[[list[dict[str, Any]]], str],
 ) -> None:
-    """Measure on each model that the command line names, and write `results/{name}.json` and .md.
+    """Measure on each model that the command line names, and keep what comes out.
+
+    It goes to `docs/results/{name}.json` and .md.
 
     Args:
         name: Name of the result.
@@ -95,8 +97,16 @@ def measure_subjects(
             (RESULTS / f"{name}.md").write_text(page(rows), encoding="utf-8")
 
 
+def method_of(told: str) -> str:
+    """Return how a benchmark measures, by the third paragraph of its docstring.
+
+    That begins with a sentence that says where results are written, which is left out.
+    """
+    return told.split("\n\n")[2].strip().partition(". ")[2]
+
+
 def keep_result(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `results/{name}.json` with the machine and the versions it was measured on."""
+    """Write `docs/results/{name}.json` with the machine and the versions it was measured on."""
     RESULTS.mkdir(exist_ok=True)
     document = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

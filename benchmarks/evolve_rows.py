@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from common import RESULTS, Subject, keep_result, kept_rows, machine, quiet, subjects
+from common import RESULTS, Subject, keep_result, kept_rows, machine, method_of, quiet, subjects
 from methods import SEEDS, Method, Workbench, by_criterion, ours, step
 from searches import command_of, described, measured_by, search_parser, told_of
 from yopo import criteria
@@ -164,8 +164,7 @@ def measure(subject: Subject, formulas: dict[str, Expression], ratios: list[floa
 def page(rows: list[Row]) -> str:
     """Return the page: what was found, whether it is any good elsewhere, and all figures."""
     first = next(row for row in rows if row["row"] == "search")
-    told = __doc__.split("\n\n")[2].strip().partition(". ")[2]  # but for where it is written
-    lines = ["# Formulas of rows that evolve without data", "", told]
+    lines = ["# Formulas of rows that evolve without data", "", method_of(__doc__)]
     lines += ["", measured_by(first), "", "## What the searches found", ""]
     lines += [_told_search(row) for row in rows if row["row"] == "search"]
     lines += [_told_correlation(row) for row in rows if row["row"] == "correlation"]

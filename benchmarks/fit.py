@@ -11,7 +11,7 @@ installed from the package index into a throw-away environment, on one model wit
 one after the other, each time in a process of its own. Slow sides run fewer episodes, and the page
 says so. Beside them it puts whether the numbers are the same, where yopo's time goes, and the floor
 under it: the operations that the method takes over the rate at which this machine multiplies
-matrices. Writes results/fit.json and .md; `--spectra` writes results/spectra.json and .md.
+matrices. Writes docs/results/fit.json and .md; `--spectra` writes results/spectra.json and .md.
 """
 
 import argparse

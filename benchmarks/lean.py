@@ -3,10 +3,10 @@
     python benchmarks/lean.py                      all models, ratios 0.1, 0.2, 0.3 and 0.5
     python benchmarks/lean.py --models embedded    one of them; rows of the others stay
 
-Writes results/lean.json and .md. Cells show perplexity, ± its standard deviation over three seeds
-where something is random, and in brackets the excess log-perplexity over dense as a share of what
-random rows lose: 0 is dense, 1 is random. All methods keep int((1 - ratio) n) rows of each FFN.
-"lean" is `PolicyPruner.lean()`: 4096 imagined inputs. "weights alone" is
+Writes docs/results/lean.json and .md. Cells show perplexity, ± its standard deviation over three
+seeds where something is random, and in brackets the excess log-perplexity over dense as a share of
+what random rows lose: 0 is dense, 1 is random. All methods keep int((1 - ratio) n) rows of each
+FFN. "lean" is `PolicyPruner.lean()`: 4096 imagined inputs. "weights alone" is
 `PolicyPruner(evidence="weights")`: 32768 imagined inputs, and second moments of all rows. "yopo" is
 `PolicyPruner()`, on text that the model writes itself.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import yopo
-from common import Subject, measure_subjects
+from common import Subject, measure_subjects, method_of
 from yopo import criteria
 from yopo.report import format_table
 
@@ -91,7 +91,7 @@ def measure(subject: Subject, ratios: list[float]) -> Iterator[dict[str, Any]]:
 def page(rows: list[dict[str, Any]]) -> str:
     """Return a page with one table for each model."""
     lines = ["# The recipe for models larger than memory", ""]
-    lines += [(__doc__ or "").split("\n\n")[2].strip(), ""]
+    lines += [method_of(__doc__ or ""), ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         ratios = list(dict.fromkeys(row["ratio"] for row in own))

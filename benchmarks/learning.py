@@ -3,8 +3,8 @@
     python benchmarks/learning.py
 
 Mean Kolmogorov-Smirnov distance at ratio 0.3 of the policy's own start, of what it has learned, of
-the norms and of random rows, and beside it the perplexity that each selection leaves. Then what
-20 episodes on the output reward add to greedy elimination. Writes results/learning.json and .md.
+the norms and of random rows, and beside it the perplexity that each selection leaves. Then what 20
+episodes on the output reward add to greedy elimination. Writes docs/results/learning.json and .md.
 """
 
 import math

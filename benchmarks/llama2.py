@@ -11,8 +11,8 @@ of the dense and of each pruned model: parameters, perplexity in windows of 2048
 zero-shot tasks, seconds of training and of cutting. A policy is trained at the first of the ratios
 and used for all. `--recover` tunes each with LoRA on a text afterwards, by the published settings,
 and measures it again: `wikitext2-train`, `alpaca-train` or a file; `--recover self` lets the dense
-model teach instead, by yopo's settings. Writes results/paper-MODEL.json and .md after each line,
-and goes on from there; a file of lines that were measured in another way is refused.
+model teach instead, by yopo's settings. Writes docs/results/paper-MODEL.json and .md after each
+line, and goes on from there; a file of lines that were measured in another way is refused.
 
 Beside them the page puts what the paper reports for these models (arXiv 2501.15296, averages over
 the five tasks as reprinted in the tables of LILA).

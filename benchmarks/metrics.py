@@ -23,7 +23,17 @@ from typing import Any
 
 import torch
 
-from common import RESULTS, WINDOW, Subject, keep_result, kept_rows, machine, quiet, subjects
+from common import (
+    RESULTS,
+    WINDOW,
+    Subject,
+    keep_result,
+    kept_rows,
+    machine,
+    method_of,
+    quiet,
+    subjects,
+)
 from searches import command_of, described, measured_by, search_parser, told_of
 from yopo import MetricPruner
 from yopo.plots import plot_evolution
@@ -121,8 +131,7 @@ def measure(subject: Subject, metrics: dict[str, str], cases: list[str]) -> list
 def page(rows: list[Row]) -> str:
     """Return the page: what was found, and all figures."""
     found = next(row for row in rows if row["row"] == "search")
-    told = __doc__.split("\n\n")[2].strip().partition(". ")[2]  # but for where it is written
-    lines = ["# Symbolic metrics of weights", "", told, "", measured_by(found)]
+    lines = ["# Symbolic metrics of weights", "", method_of(__doc__), "", measured_by(found)]
     lines += ["", "## What the search found", ""]
     lines += [_told_search(found), "", "![The search](metrics.svg)"]
     for model in dict.fromkeys(row["model"] for row in rows if row["row"] == "perplexity"):

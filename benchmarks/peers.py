@@ -5,7 +5,7 @@
 
 Installs OptiPFair and efficient-pruners from the package index, with the torch and transformers of
 `constraints.txt`, has them prune the embedded model and llama-s, and measures what they save.
-Writes results/peers.json and .md.
+Writes docs/results/peers.json and .md.
 
 Both sides start from the same weights in float32 and keep int((1 - ratio) n) rows (OptiPFair rounds
 a percentage and would keep one more at some ratios). "Same rows" is the share of the package's kept

@@ -7,7 +7,8 @@ On each model, from self-written text and from weights alone, a policy learns by
 predictions at each ratio. Excess log-perplexity over dense, on held-out text, as a share of what
 random rows lose: of the closed form from which learning sets out, of the policy that has learned at
 this ratio, and of the one that has learned at 0.3. Then the policies that have learned at 0.3 from
-weights alone, used from weights alone on every other model. Writes results/policies.json and .md.
+weights alone, used from weights alone on every other model. Writes docs/results/policies.json and
+.md.
 """
 
 import argparse

@@ -6,7 +6,7 @@
     python benchmarks/quality.py --path MODEL --text FILE any model on disk; half of the text is to
                                                           calibrate on, half to measure on
 
-Writes results/quality.json, cost.json, quality.md and a plot for each model.
+Writes docs/results/quality.json, cost.json, quality.md and a plot for each model.
 
 All methods keep int((1 - ratio) n) rows of each FFN, but for adaptive widths, which keep as many of
 all FFNs together. Cells show perplexity, ± its standard deviation over seeds where something is

@@ -4,8 +4,8 @@
     python benchmarks/quality_cost.py --shape opt-125m --device cpu       random, in float32
     python benchmarks/quality_cost.py --shape llama-s --device cpu        trained, from ../shared
 
-Times `PolicyPruner().fit(model)` and `.prune(model, 0.3)` and writes results/quality_cost.json and
-.md. From what was measured on a CPU it works out what LLaMA-2-7B's shape would take on the same
+Times `PolicyPruner().fit(model)` and `.prune(model, 0.3)` and writes docs/results/quality_cost.json
+and .md. From what was measured on a CPU it works out what LLaMA-2-7B's shape would take on the same
 machine: operations of each phase over the machine's measured rate of matrix products, at the share
 of that rate that the phase reached. What it does not measure it does not name.
 """

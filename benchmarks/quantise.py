@@ -3,7 +3,7 @@
     python benchmarks/quantise.py           the model that travels with yopo
     python benchmarks/quantise.py MODEL     another one
 
-Writes results/quantise.json and .md.
+Writes docs/results/quantise.json and .md.
 """
 
 import re

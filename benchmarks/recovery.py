@@ -7,7 +7,7 @@ Rows are removed by the default recipe, which leaves little to win back, and at 
 much. Then `yopo.recover` trains with its default settings on 128 windows of 256 tokens, 12 of them
 held out and 4 that fill no batch left out: text that the dense model writes, real text, and real
 text with the dense model as the teacher; and for the default recipe on 512 windows that the dense
-model writes. Writes results/recovery.json and .md.
+model writes. Writes docs/results/recovery.json and .md.
 """
 
 import copy

@@ -9,7 +9,7 @@ own, warmed up on a tiny model; the least seconds and the most memory count. Exp
 slopes of straight lines through the logarithms, by least squares over all points, nothing
 subtracted; beside them stands the slope between the two largest.
 
-Writes results/scaling.json, .md and .png.
+Writes docs/results/scaling.json, .md and .png.
 """
 
 import argparse

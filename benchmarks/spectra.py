@@ -8,7 +8,7 @@ the largest one, against `torch.linalg.svdvals` in float64; and how far the Kolm
 distance between the two is from that of the float64 values. The matrices are Gaussian, and one that
 is harder: rows of log-normal norms, and singular values that fall to about a thousandth.
 
-Writes results/spectra.json and .md.
+Writes docs/results/spectra.json and .md.
 """
 
 import time

@@ -4,10 +4,10 @@
     python benchmarks/tasks.py --limit 500            the first 500 questions of each task
     python benchmarks/tasks.py --models llama-s
 
-Prunes by the default recipe and at random, at a ratio of 0.3, and writes results/tasks.json and
-.md. MMLU is asked without solved examples, as in the paper, and of each of its 57 subjects at most
-a tenth of the limit. BLiMP, ten of its paradigms, asks which of two sentences is the likelier: that
-is what models as small as these can do. Needs ../shared; says so and ends where it is absent.
+Prunes by the default recipe and at random, at a ratio of 0.3, and writes docs/results/tasks.json
+and .md. MMLU is asked without solved examples, as in the paper, and of each of its 57 subjects at
+most a tenth of the limit. BLiMP, ten of its paradigms, asks which of two sentences is the likelier:
+that is what models as small as these can do. Needs ../shared; says so and ends where it is absent.
 """
 
 import argparse
