@@ -15,7 +15,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
+"""A block of a page: its language, what stands behind that, and its text."""
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -63,7 +64,7 @@ def _cells_of_page(page, text):
         if block:
             start = block.end()
             if block[1] == "python":
-                cells.append(("code", block[2]))
+                cells.append(("code", block[3]))
     return cells
 
 

@@ -12,10 +12,10 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from itertools import chain
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
+from make import BLOCK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import command_line
@@ -31,10 +31,6 @@ PAGES = {
     for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if "results" not in file.parts
 }
-FENCE = re.compile(
-    r"^(?P<space> *)```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^(?P=space)```$", re.M | re.S
-)
-INCLUDED = re.compile(r'^--8<-- "(.+?)"$', re.M)
 ELSEWHERE = "cd git hf llama-quantize make pip python torchrun transformers vllm".split()
 """Commands that pages name and this test does not run: other tools, and what has its own tests."""
 TO_DENSE = ("MODEL", "llama", "meta-llama/Llama-2-7b-hf")
@@ -42,11 +38,11 @@ TO_DENSE = ("MODEL", "llama", "meta-llama/Llama-2-7b-hf")
 
 
 def blocks_of(text, *kinds):
-    """Yield kind, code and line of each block, but for files that a page includes."""
-    for found in FENCE.finditer(text):
-        code = dedent(found["code"])
-        if found["kind"] in kinds and not INCLUDED.match(code):
-            yield found["kind"], code, text.count("\n", 0, found.start()) + 1
+    """Yield kind, code and line of each block; files that a page includes are written otherwise."""
+    for found in BLOCK.finditer(text):
+        kind, _, code = found.groups()
+        if kind in kinds:
+            yield kind, code, text.count("\n", 0, found.start()) + 1
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,22 @@
 """Examples and tutorials run, as scripts and as notebooks, and print what they say."""
 
+import ast
 import io
 import re
 import runpy
 import shutil
-import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import nbformat
 import pytest
+from make import BLOCK, cells_of, notebook_of, sources
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
-sys.path.append(str(NOTEBOOKS))
-
-from make import cells_of, notebook_of, sources  # noqa: E402
-
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SOURCES = dict(sources())
 TUTORIALS = {name: file for name, file in SOURCES.items() if file.suffix == ".md"}
-LISTING = re.compile(r"^```(python|text)([^\n]*)\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])\d+\.\d+\b")
 
 TOLD = {
@@ -84,10 +80,10 @@ def test_notebooks_are_made_of_what_they_show():
 
 def test_the_code_of_a_notebook_is_that_of_the_script():
     for name in SOURCES.keys() - TUTORIALS.keys():
-        script = SOURCES[name].read_text(encoding="utf-8").partition('\n"""\n')
-        script = (script[2] or SOURCES[name].read_text(encoding="utf-8").partition("\n")[2]).split()
+        _, *statements = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
         code = "\n".join(text for kind, text in cells_of(SOURCES[name]) if kind == "code")
-        assert code.split() == script, name
+        found = ast.parse(code).body
+        assert [*map(ast.dump, found)] == [*map(ast.dump, statements)], name
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -95,11 +91,13 @@ def test_the_tutorial_prints_what_it_says(name, tmp_path, monkeypatch):
     """But where it says "for example"; processors round differently, so figures may be 3 % off."""
     monkeypatch.chdir(tmp_path)
     names, printed = {"__name__": "__main__"}, ""
-    for kind, told, text in LISTING.findall(TUTORIALS[name].read_text(encoding="utf-8")):
+    for kind, told, text in BLOCK.findall(TUTORIALS[name].read_text(encoding="utf-8")):
         if kind == "python":
             with redirect_stdout(io.StringIO()) as stream:
                 exec(compile(text, name, "exec"), names)
             printed = stream.getvalue().strip()
+        elif kind != "text":
+            continue
         elif "for example" in told:
             assert len(printed.splitlines()) == len(text.splitlines())
         else:
