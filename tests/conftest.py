@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import yopo
 from forking import Forking
-from yopo.adapters import SOURCES
+from yopo.adapters import SOURCES, skeleton
 from yopo.evidence import checksum_of
 
 torch.set_num_threads(1)
@@ -158,6 +158,23 @@ def _no_text_is_written_twice(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("yopo.evidence.write_tokens", remembered)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_skeleton_is_built_twice():
+    """Keep what classes build on the meta device, which most tests ask for several times."""
+    built, make = {}, skeleton._built
+
+    def remembered(model_class, config_class, fields):
+        made_of = json.dumps(fields, default=repr, sort_keys=True)
+        key = (model_class, model_class.__init__, config_class, made_of)
+        if key not in built:
+            built[key] = make(model_class, config_class, fields)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(skeleton, "_built", remembered)
         yield
 
 

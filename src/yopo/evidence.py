@@ -202,7 +202,9 @@ def check_tokens(model: nn.Module, ids_NW: Tensor, *, called: str) -> None:
 def checksum_of(model: nn.Module) -> bytes:
     """Return a checksum of the class and all weights of `model`, summed up where they lie."""
     generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(2**62, (_CHUNK,), generator=generator, device="cpu") * 2 + 1
+    longest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+    factors = min(_CHUNK, longest // 8 + 1)
+    odd = torch.randint(2**62, (factors,), generator=generator, device="cpu") * 2 + 1
     odd_by_device: dict[torch.device, Tensor] = {}
     digest = hashlib.blake2b(repr(type(model)).encode(), digest_size=16)
     for name, parameter in model.named_parameters():

@@ -174,10 +174,6 @@ def test_the_python_of_the_page_runs(page, reader, place):
             with redirect_stdout(io.StringIO()) as stream:
                 exec(compile("\n" * line + code, str(PAGES[page]), "exec"), names)
             printed = stream.getvalue()
-            import sys
-            import time
-
-            sys.__stderr__.write(f"{page}:{line} {time.process_time():.1f}\n")
 
 
 @pytest.mark.parametrize("page", pages_with("bash"))

@@ -8,7 +8,7 @@ from torch import nn
 
 from yopo.adapters.ffn import Ffn, Slot
 from yopo.adapters.layouts import norm_before
-from yopo.adapters.skeleton import Probe, build_skeleton, probe_widths, shapes_of
+from yopo.adapters.skeleton import Probe, probe_widths
 from yopo.adapters.structure import ffns_by_structure
 
 
@@ -49,11 +49,9 @@ def _complete(
 def _with_widths(model: nn.Module, ffns: list[Ffn], probes: list[Probe]) -> list[Ffn]:
     """Return `ffns` with the config field that sets each width, and what else grows with it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    shapes = shapes_of(model)
-    dense = shapes_of(build_skeleton(model, {})) if probes else {}
     by_axis: dict[tuple[str, int], Probe] = {}
     for probe in probes:
-        if all(dense[name] == shapes[name] for name in probe.axes):
+        if probe.is_true:
             by_axis = dict.fromkeys(probe.axes.items(), probe) | by_axis
     ffns = [
         ffn if _place(ffn.contract, names) in by_axis else _turned(ffn, names, by_axis)

@@ -88,6 +88,9 @@ _NORMS = (
 
 def ffns_of_module(name: str, module: nn.Module, layout: Layout) -> Iterator[Ffn]:
     """Yield the FFNs that `module` holds in the manner of `layout`: none, one, or one an expert."""
+    first = layout.contract.partition(".")[0]
+    if first not in module._modules and first not in module._parameters:
+        return  # most modules and layouts: this has to be quick
     holders = [_tensor(module, path) for path in (*layout.expand, layout.contract)]
     if any(holder is None for holder in holders):
         return

@@ -7,13 +7,14 @@ same comparison proves, before a cut, that stock `from_pretrained` will build th
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from yopo.adapters.ffn import WidthField
 
@@ -33,12 +34,15 @@ class Probe:
         key: The field.
         value: Its value now, None where the architecture derives the width by itself.
         axes: The axis that doubles with the field, for every parameter that does.
+        is_true: Whether the model has those parameters in the shapes that its config gives them; a
+            model that was cut to unequal widths has not.
     """
 
     path: tuple[str, ...]
     key: str
     value: int | None
     axes: Mapping[str, int]
+    is_true: bool
 
     def field_for(self, rows: int) -> WidthField | None:
         """Return this field as the one that sets the width of an FFN of `rows` rows.
@@ -67,9 +71,29 @@ def build_skeleton(
     for (path, key), value in widths.items():
         write_width(config_at(changed, path), key, value)
     # Saved and read, because a config may derive some of its fields when it is read.
-    config = type(changed)(**changed.to_diff_dict())
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return type(model)(config)
+    return _built(type(model), type(changed), changed.to_diff_dict())
+
+
+def _built(
+    model_class: Callable[[Any], nn.Module],
+    config_class: Callable[..., Any],
+    fields: Mapping[str, Any],
+) -> nn.Module:
+    """Return what a class builds on the meta device, from a config that is made of `fields`."""
+    config = config_class(**fields)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _Unfilled():
+        return model_class(config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skip what fills parameters: most of the time, and for nothing on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, unless it fills parameters."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -93,7 +117,9 @@ def probe_widths(model: nn.Module, candidate_rows: set[int], *, by_name: bool) -
         base = build_skeleton(model, {})
     except Exception:  # a class that cannot be built from its config alone has no field to offer
         return []
-    present = {name for name, _ in model.named_parameters()}  # users drop and share layers
+    # Users drop layers, and share them.
+    present = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = shapes_of(base)
     probes = []
     for path, config in nested_configs(model.config):
         for key, value in _candidates(config, candidate_rows, by_name):
@@ -105,7 +131,8 @@ def probe_widths(model: nn.Module, candidate_rows: set[int], *, by_name: bool) -
                 axes = {name: axis for name, axis in grown.items() if name in present}
                 if axes:
                     derived = value is None or target != 2 * value
-                    probes.append(Probe(path, key, None if derived else value, axes))
+                    is_true = all(present[name] == expected[name] for name in axes)
+                    probes.append(Probe(path, key, None if derived else value, axes, is_true))
                     break
     return probes
 
