@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from yopo.upkeep import loading_arguments
+
 logger = logging.getLogger(__name__)
 
 MARK = "<!-- Written by yopo, which overwrites this file for as long as this line is in it. -->"
@@ -65,7 +67,8 @@ def loading_code(model_class: str, *, needs_yopo: bool) -> str:
         needs_yopo: Whether its config cannot express its widths.
     """
     if needs_yopo:
-        return 'import yopo\n\nmodel = yopo.load("path/to/this/folder", dtype="auto")'
+        arguments = loading_arguments('"path/to/this/folder"', model_class)
+        return f'import yopo\n\nmodel = yopo.load({arguments}, dtype="auto")'
     if model_class.endswith(("ForCausalLM", "LMHeadModel")):
         model_class = "AutoModelForCausalLM"
     return (

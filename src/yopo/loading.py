@@ -17,11 +17,12 @@ from yopo.upkeep import WIDTHS_KEY
 
 _WAY_OUT = (
     "Where the code of a model is no part of transformers, load it yourself and pass the model: "
-    "`PolicyPruner().fit(model).prune(model)`."
+    "`PolicyPruner().fit(model).prune(model)`; one that was pruned to unequal widths loads with "
+    "`yopo.load(path, model_class=…)`."
 )
 
 
-def load(source: str | Path, **kwargs: Any) -> Any:
+def load(source: str | Path, *, model_class: type[nn.Module] | None = None, **kwargs: Any) -> Any:
     """Load a model, one that yopo pruned to unequal widths included.
 
     A model of one width is an ordinary checkpoint, and this is `from_pretrained` of its class. A
@@ -29,33 +30,58 @@ def load(source: str | Path, **kwargs: Any) -> Any:
 
     Args:
         source: A folder that `save_pretrained` wrote, or a model on the hub.
+        model_class: Its class, a `PreTrainedModel` of your own; by default that of transformers
+            which the config names.
         **kwargs: Passed on to `from_pretrained`: `dtype`, `device_map` and so on.
 
     Returns:
-        The model, an instance of the class that its config names.
+        The model, an instance of that class.
 
     Raises:
         InvalidArgumentError: If the folder holds no config, or one that transformers cannot use,
-            names no class of transformers, or gives widths that the model does not have; or if its
-            weights are damaged.
+            names no class of transformers, or gives widths that the model does not have; if its
+            weights are damaged; or if `model_class` is no class of models.
         OSError: If there is no such folder and no such model on the hub.
 
     Example:
         >>> model = yopo.load("llama-pruned", dtype="auto")
     """
-    _, model_class, widths = read_config(source)
+    config, own_class, widths = (
+        read_config(source) if model_class is None else _read_own_config(source, model_class)
+    )
     try:
         if not widths:
-            return model_class.from_pretrained(source, **kwargs)
-        model = _resized_class(model_class, widths).from_pretrained(source, **kwargs)
+            return own_class.from_pretrained(source, **kwargs)
+        model = _resized_class(own_class, widths).from_pretrained(source, **kwargs)
     except SafetensorError as error:
         for file in sorted(Path(source).glob("*.safetensors")):
             read_header(file)  # tells which one is damaged
         raise InvalidArgumentError(
             f"the weights of `{source}` are damaged: {error}. Download or save them again."
         ) from error
-    model.__class__ = model_class
+    except (OSError, InvalidArgumentError):
+        raise
+    except Exception:
+        build_on_meta(config, own_class, widths, dtype=torch.float32)  # tells what is unfit
+        raise
+    model.__class__ = own_class
     return model
+
+
+def _read_own_config(source: str | Path, model_class: Any) -> tuple[Any, Any, dict[str, int]]:
+    """Do what `read_config` does, for a model whose class is known.
+
+    Raises:
+        InvalidArgumentError: If the class is none of models.
+        OSError: If there is no config.
+    """
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None:
+        raise InvalidArgumentError(
+            f"`model_class` must be a PreTrainedModel with a `config_class`, got {model_class!r}."
+        )
+    config = config_class.from_pretrained(source)
+    return config, model_class, getattr(config, WIDTHS_KEY, None) or {}
 
 
 def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
@@ -80,9 +106,8 @@ def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
     except OSError:
         raise
     except Exception as error:  # each kind of damage has another type
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")
         raise InvalidArgumentError(
-            f"transformers cannot use the config of `{source}`: {reason}. {_WAY_OUT}"
+            f"transformers cannot use the config of `{source}`: {_told(error)}. {_WAY_OUT}"
         ) from error
     names = [None] if config.architectures in (None, []) else config.architectures
     if not isinstance(names, list):
@@ -98,6 +123,13 @@ def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
     return config, model_class, getattr(config, WIDTHS_KEY, None) or {}
 
 
+def _told(error: Exception) -> str:
+    """Return what an error of transformers says, on one line."""
+    if isinstance(error, KeyError):  # says nothing but the key
+        return f"{error} is unknown"
+    return " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")
+
+
 def build_on_meta(
     config: Any, model_class: Any, widths: dict[str, int], *, dtype: torch.dtype
 ) -> Any:
@@ -108,10 +140,21 @@ def build_on_meta(
         model_class: Its class.
         widths: Rows of FFNs that no config field expresses, by name.
         dtype: Dtype of its parameters.
+
+    Raises:
+        InvalidArgumentError: If the class cannot be built from such a config, or has not those
+            FFNs.
     """
     built = _resized_class(model_class, widths) if widths else model_class
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = built._from_config(config, dtype=dtype)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = built._from_config(config, dtype=dtype)
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # each kind of damage has another type
+        raise InvalidArgumentError(
+            f"{model_class.__name__} cannot be built from its config: {_told(error)}."
+        ) from error
     model.__class__ = model_class
     return model.eval()
 

@@ -22,6 +22,7 @@ from yopo.plan import PruningPlan
 from yopo.upkeep import (
     WIDTHS_KEY,
     Fields,
+    loading_arguments,
     rebuild_rotary,
     sync_overridden,
     sync_sizes,
@@ -53,9 +54,11 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, ffns: Sequence[Ffn] | Non
     """
     overrides = cut_rows(model, plan, find_ffns(model) if ffns is None else ffns)
     if overrides:
+        name = type(model).__name__
+        arguments = loading_arguments("path", name)
         logger.warning(
-            f"The config of {type(model).__name__} cannot express the new widths of "
-            f"{len(overrides)} FFNs. After `save_pretrained`, load the model with `yopo.load`."
+            f"The config of {name} cannot express the new widths of {len(overrides)} FFNs. After "
+            f"`save_pretrained`, load the model with `yopo.load({arguments})`."
         )
 
 

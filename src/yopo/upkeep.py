@@ -111,9 +111,22 @@ def warn_on_save(model: nn.Module) -> None:
     model.save_pretrained = partial(_save_with_warning, model)  # type: ignore[assignment]
 
 
+def loading_arguments(path: str, model_class: str) -> str:
+    """Return what `yopo.load` is given for a class, which it must be told if transformers lacks it.
+
+    Args:
+        path: The folder, as it is to be written.
+        model_class: Name of the class.
+    """
+    import transformers
+
+    return path if hasattr(transformers, model_class) else f"{path}, model_class={model_class}"
+
+
 def _save_with_warning(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    arguments = loading_arguments("path", type(model).__name__)
     logger.warning(
         "This model has FFN widths that its config cannot express: stock `from_pretrained` will "
-        "refuse the saved files. Load them with `yopo.load(path)`."
+        f"refuse the saved files. Load them with `yopo.load({arguments})`."
     )
     return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]

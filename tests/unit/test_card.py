@@ -80,7 +80,8 @@ def test_the_front_of_a_card_is_yaml_whatever_the_names():
             False,
             "model = T5ForConditionalGeneration.from_pretrained(",
         ),
-        ("LlamaForCausalLM", True, "model = yopo.load("),
+        ("LlamaForCausalLM", True, 'model = yopo.load("path/to/this/folder", dtype='),
+        ("OwnModel", True, 'yopo.load("path/to/this/folder", model_class=OwnModel, dtype='),
     ],
 )
 def test_the_card_says_how_to_load(model_class, needs_yopo, line):

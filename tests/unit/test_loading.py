@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import yopo
 from yopo import InvalidArgumentError, PruningPlan
+from yopo.cli import main
 
 
 def unevenly_cut(model):
@@ -155,6 +157,39 @@ def test_a_config_that_transformers_cannot_use_is_told(tiny_llama, tmp_path, cha
     change_config(tmp_path, **changes)
     with pytest.raises(InvalidArgumentError, match=rf"{told}.*\. Where the code of a model is no"):
         yopo.load(tmp_path)
+
+
+def test_a_config_of_which_no_model_can_be_built_is_told(tiny_llama, tmp_path, capsys):
+    source, target = tmp_path / "source", tmp_path / "target"
+    tiny_llama().save_pretrained(source)
+    change_config(source, hidden_act="nosuch")
+    told = "LlamaForCausalLM cannot be built from its config: 'nosuch' is unknown."
+    with pytest.raises(InvalidArgumentError, match=told):
+        yopo.load(source)
+    with pytest.raises(InvalidArgumentError, match=told):
+        yopo.prune_checkpoint(source, target, 0.3)
+    assert main(["info", str(source)]) == 2
+    assert told in capsys.readouterr().err
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    """A model whose class is no part of transformers."""
+
+
+def test_a_class_of_ones_own_is_named_to_load_it(tiny_llama, logits, tmp_path, caplog):
+    model = tiny_llama()
+    model.__class__ = OwnForCausalLM
+    unevenly_cut(model).save_pretrained(tmp_path)
+    call = "`yopo.load(path, model_class=OwnForCausalLM)`"
+    assert [call in record.message for record in caplog.records] == [True, True]
+    with pytest.raises(InvalidArgumentError, match=r"loads with `yopo.load\(path, model_class="):
+        yopo.load(tmp_path)
+    loaded = yopo.load(tmp_path, model_class=OwnForCausalLM)
+    assert type(loaded) is OwnForCausalLM
+    assert torch.equal(logits(loaded), logits(model))
+    for wrong in (torch.nn.Linear, "OwnForCausalLM"):
+        with pytest.raises(InvalidArgumentError, match="`model_class` must be a PreTrainedModel"):
+            yopo.load(tmp_path, model_class=wrong)
 
 
 def test_code_that_comes_with_a_model_is_refused_without_a_question(

@@ -462,7 +462,7 @@ def test_unequal_widths_are_told_when_cut_and_when_saved(tiny_llama, tmp_path, c
     yopo.apply_plan(model, uneven_plan(model))
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "cannot express the new widths of 2 FFNs" in caplog.text
-    assert "load the model with `yopo.load`" in caplog.text
+    assert "load the model with `yopo.load(path)`" in caplog.text
     caplog.clear()
     model.save_pretrained(tmp_path)
     assert "stock `from_pretrained` will refuse the saved files" in caplog.text

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 import yopo
 from conftest import build
 from yopo.embedded import model_path
+from yopo.evaluation.texts import check_tokenizer
 
 InvalidArgumentError = yopo.InvalidArgumentError
 
@@ -137,6 +138,17 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     with pytest.raises(InvalidArgumentError, match=r"not\s+the model's own"):
         yopo.perplexity(tiny_model("llama"), "some words", tokenizer=tokenizer)
+
+
+def test_a_tokenizer_with_far_fewer_tokens_than_embeddings_is_warned_of(tiny_model, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    check_tokenizer(tiny_model("llama", vocab_size=len(tokenizer) * 10 // 9), tokenizer)
+    assert not caplog.records
+    check_tokenizer(tiny_model("llama", vocab_size=len(tokenizer) * 10 // 8), tokenizer)
+    (record,) = caplog.records
+    assert record.message == (
+        "`tokenizer` has 1280 tokens, but the model has embeddings for 1600. Is it the model's own?"
+    )
 
 
 class Shifted:

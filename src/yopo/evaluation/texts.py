@@ -4,6 +4,7 @@ Shapes: T tokens.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from yopo.errors import InvalidArgumentError, missing_extra
+
+logger = logging.getLogger(__name__)
+
+_FEWEST = 0.9
+"""Share of a model's embeddings that have a token at least; the rest makes their number round."""
 
 
 def _wikitext2(load_dataset: Any) -> str:
@@ -137,6 +143,8 @@ def tokens_of(source: Tensor | str | Path, tokenizer: Any) -> Tensor:
 def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     """Check that a model has an embedding for every token of a tokenizer.
 
+    If the tokenizer has far fewer tokens than there are embeddings, the log warns.
+
     Raises:
         InvalidArgumentError: If it has fewer.
     """
@@ -146,6 +154,11 @@ def check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
         raise InvalidArgumentError(
             f"`tokenizer` has {tokens} tokens, but the model has embeddings for {rows}: it is not "
             "the model's own."
+        )
+    if tokens < _FEWEST * rows:
+        logger.warning(
+            f"`tokenizer` has {tokens} tokens, but the model has embeddings for {rows}. Is it the "
+            "model's own?"
         )
 
 
