@@ -3,6 +3,7 @@
     python benchmarks/checkpoint.py                     LLaMA-2-7B's shape in bfloat16, 13.5 GB
     python benchmarks/checkpoint.py --shape small       a few megabytes, to see that it runs; the
                                                         figures are shown and not kept
+    python benchmarks/checkpoint.py --layers 4          fewer layers of that shape: memory is the same
     python benchmarks/checkpoint.py --folder FOLDER     where to write; by default a temporary one
 
 Makes a checkpoint of random weights, which is removed at the end, and looks first whether the disk
@@ -13,7 +14,7 @@ cache emptied before where that is allowed and all writes on the disk at the end
 * the cut itself: `prune_checkpoint(…, plan=…)` with rows drawn at random;
 * the default recipe, `PolicyPruner.lean()`, on the first two layers: what it takes for one FFN it
   takes for all;
-* one episode of `PolicyPruner.prunenet().fit(folder)`, or of these what `--only` names.
+* two episodes of `PolicyPruner.prunenet().fit(folder)`, or of these what `--only` names.
 
 Memory is the peak of anonymous pages (`RssAnon`), and of all pages (`VmRSS`), files that are mapped
 included, above what the process has once yopo and transformers are imported.
@@ -94,7 +95,7 @@ if work == "cut":
 elif work == "lean":
     yopo.prune_checkpoint(source, target, RATIO, layers=[0, 1])
 else:
-    yopo.PolicyPruner.prunenet(ratio=RATIO, episodes=1).fit(source)
+    yopo.PolicyPruner.prunenet(ratio=RATIO, episodes=2).fit(source)
 os.sync()
 seconds = time.perf_counter() - began
 done.set()
@@ -183,7 +184,8 @@ def page(rows: list[dict[str, Any]]) -> str:
                     cells.append(f"{max(peaks) / ffn:.1f}" if peaks else "")
             table.append(cells)
         lines += [
-            f"## {row['shape']}: {row['bytes'] / 1e9:.2f} GB, on {row['machine']}",
+            f"## {row['shape']}, {row['layers']} layers: {row['bytes'] / 1e9:.2f} GB, on "
+            f"{row['machine']}",
             "",
             f"The largest FFN has {ffn / 1e6:,.1f} MB; three times that are {3 * ffn / 1e6:,.0f}.",
             "",
@@ -195,11 +197,11 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def beside(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a new row behind the old ones, but for those whose work it has done again."""
-    again = (row["shape"], row["machine"])
+    same = ("shape", "layers", "machine")
     return [
         old
         for old in rows
-        if (old["shape"], old["machine"]) != again or not old["work"].keys() <= row["work"].keys()
+        if any(old[key] != row[key] for key in same) or not old["work"].keys() <= row["work"].keys()
     ] + [row]
 
 
@@ -207,13 +209,16 @@ def main(given: list[str] | None = None) -> None:
     """Measure one shape, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--folder", type=Path, help="an existing folder to write below")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2, help="of cp -r and the cut")
     parser.add_argument("--only", nargs="+", choices=["cut", "lean", "prunenet"])
     arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
-    shape = SHAPES[arguments.shape]
+    shape = dict(SHAPES[arguments.shape])
+    if arguments.layers is not None:
+        shape["num_hidden_layers"] = arguments.layers
     layer = 4 * shape["hidden_size"] ** 2 + 3 * shape["hidden_size"] * shape["intermediate_size"]
     size = 2 * (shape["num_hidden_layers"] * layer + 2 * shape["vocab_size"] * shape["hidden_size"])
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.folder) as place:
@@ -232,6 +237,7 @@ def main(given: list[str] | None = None) -> None:
             print(name, found, flush=True)
     row = {
         "shape": arguments.shape,
+        "layers": shape["num_hidden_layers"],
         "machine": machine(torch.device("cpu")),
         "bytes": total,
         "ffn": 2 * 3 * shape["hidden_size"] * shape["intermediate_size"],

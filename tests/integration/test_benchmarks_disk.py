@@ -39,7 +39,7 @@ def test_the_benchmark_of_checkpoints_runs_from_end_to_end_and_keeps_no_small_sh
         ["--shape", "small", "--folder", str(tmp_path), "--threads", "1", "--repeats", "1"]
     )
     told = capsys.readouterr().out
-    assert "## small: 0.00 GB" in told
+    assert "## small, 2 layers: 0.00 GB" in told
     for work in ("cp -r", "cut", "lean", "prunenet"):
         assert f"| {work:>8} |" in told
     assert list(results.iterdir()) == []
