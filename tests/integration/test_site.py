@@ -101,18 +101,16 @@ def requests_of(browser):
 
 @pytest.fixture(scope="module")
 def visited(site, address, browser):
-    """Open every page once, and tell what it says, asks for, links to, and its width on a phone."""
+    """Open every page on a phone, and tell what it says, asks for, links to, and its width."""
     links = "return [...document.querySelectorAll('a[href]')].map(link => link.href)"
     told = {}
-    screen(browser, 1280)
+    screen(browser, 360)
     browser.get(f"{address}/")
     for kind in ("browser", "performance"):  # what the browser did before belongs to no page
         browser.get_log(kind)
     for page in pages_of(site):
-        screen(browser, 1280)
         browser.get(f"{address}/{page}")
         linked = browser.execute_script(links)
-        screen(browser, 360)
         told[page] = {
             "wide": browser.execute_script("return document.documentElement.scrollWidth"),
             "errors": [log for log in browser.get_log("browser") if log["level"] == "SEVERE"],
