@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py                     LLaMA-2-7B's shape in bfloat16, 13.5 GB
     python benchmarks/checkpoint.py --shape small       a few megabytes, to see that it runs; the
                                                         figures are shown and not kept
-    python benchmarks/checkpoint.py --layers 4          fewer layers of that shape: memory is the same
+    python benchmarks/checkpoint.py --layers 4          of that shape: memory stays the same
     python benchmarks/checkpoint.py --folder FOLDER     where to write; by default a temporary one
 
 Makes a checkpoint of random weights, which is removed at the end, and looks first whether the disk
