@@ -29,7 +29,8 @@ FAMILIES = {
         """LlamaModel LlamaForSequenceClassification LlamaForTokenClassification
         LlamaForQuestionAnswering PhiModel PhiForSequenceClassification PhiForTokenClassification
         BertForMaskedLM RobertaForSequenceClassification DebertaV2ForTokenClassification
-        AlbertForMaskedLM ElectraForPreTraining ModernBertForMaskedLM LiltModel""".split(),
+        AlbertForMaskedLM ElectraForPreTraining RobertaPreLayerNormForMaskedLM
+        ModernBertForMaskedLM LiltModel""".split(),
         ("text", TEXT),
     ),
     **dict.fromkeys(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import yopo
 from conftest import CONFIGS, assert_same, build, files_in, save, tensors_in
+from tiny_models import tiny_model
 from yopo import InvalidArgumentError, PolicyPruner, UnsupportedModelError
 from yopo.checkpoint_files import INDEX
 from yopo.criteria import plan_by_criterion, row_norm
@@ -117,6 +118,16 @@ def test_what_transformers_lifts_to_float32_in_memory_keeps_its_dtype_on_disk(tm
     lifted = tensors_in(expected)
     assert {tensor.dtype for tensor in lifted.values()} == {torch.float16, torch.float32}
     assert_same(tensors_in(tmp_path / "target"), {name: t.half() for name, t in lifted.items()})
+
+
+@pytest.mark.parametrize("model_type", ["ctrl", "roberta-prelayernorm"])
+def test_rare_layouts_are_known_so_that_none_has_to_be_proved(tmp_path, model_type):
+    source = save(tiny_model(model_type), tmp_path / "source")
+    yopo.prune_checkpoint(source, tmp_path / "target", RATIO)
+    expected, _ = in_memory(
+        source, tmp_path / "m", lambda m: PolicyPruner.lean().fit(m).prune(m, RATIO)
+    )
+    assert_equal_folders(tmp_path / "target", expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2_moe"])

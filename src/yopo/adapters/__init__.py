@@ -145,8 +145,9 @@ def _without_unproved(ffns: list[Ffn], found: list[Ffn], reasons: Mapping[str, s
 def _found_by_layout(model: nn.Module) -> list[Ffn]:
     """Return what the table of layouts finds, each matrix by the first layout that names it."""
     found: list[Ffn] = []
+    own = getattr(model, "base_model_prefix", "")  # such as `roberta_prelayernorm`
     for path, module in model.named_modules():
-        if any(part.endswith("norm") for part in path.split(".")):
+        if any(part.endswith("norm") and part != own for part in path.split(".")):
             continue  # a small gate inside a norm is no FFN
         taken: set[tuple[int, str]] = set()
         for layout in LAYOUTS:

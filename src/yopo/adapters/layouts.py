@@ -49,6 +49,7 @@ LAYOUTS: list[Layout] = [
     Layout(("intermediate",), "output"),  # ProphetNet
     Layout(("dense.dense",), "output.dense"),  # Reformer
     Layout(("ffn",), "ffn_output"),  # ALBERT
+    Layout(("ffn.0",), "ffn.2"),  # CTRL
     Layout(("ffw_layer_1",), "ffw_layer_2"),  # audio towers of Gemma
     Layout(("layer_1",), "layer_2"),  # XLNet
     Layout(("linear_1",), "linear_2"),  # Funnel
@@ -72,11 +73,13 @@ _NORMS = (
     "pre_mlp_layernorm",
     "ffn_norm",
     "feedforward_layernorm",
+    "intermediate.LayerNorm",
     "post_attention_layernorm",
     "final_layer_norm",
     "attention.output.LayerNorm",
     "layernorm_after",
     "layer_norm2",
+    "layernorm2",
     "layer_norm",
     "norm2",
     "ln_2",
