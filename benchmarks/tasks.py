@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py                        all models of ../shared, all questions
     python benchmarks/tasks.py --limit 500            the first 500 questions of each task
-    python benchmarks/tasks.py --models llama-s
+    python benchmarks/tasks.py --models llama-s --processes 8
 
 Prunes by the default recipe and at random, at a ratio of 0.3, and writes docs/results/tasks.json
 and .md. MMLU is asked without solved examples, as in the paper, and of each of its 57 subjects at
@@ -13,7 +13,9 @@ that is what models as small as these can do. Needs ../shared; says so and ends 
 import argparse
 import logging
 import tempfile
-import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,15 @@ from yopo.report import format_table
 
 RATIO = 0.3
 METHODS = ("yopo", "random rows")
-TASKS = (("paper", 1.0), ("mmlu", 0.1), ("blimp", 1.0))
-"""Presets, and the share of the limit that each of their tasks gets."""
+PAPER = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+TASKS = (
+    ("paper", PAPER[2:3], 1.0),
+    ("paper", PAPER[:2] + PAPER[3:], 1.0),
+    ("mmlu", ("mmlu",), 0.1),
+    ("blimp", ("blimp_mean",), 1.0),
+)
+"""Presets in parts that are about as much work, the largest first, and the share of the limit that
+each of their tasks gets."""
 
 PARADIGM = """
 task: blimp_{name}
@@ -45,8 +54,10 @@ metric_list: [{{metric: acc}}]
 
 
 def pruned(subject: Subject, method: str) -> Any:
-    """Return the model pruned by a method."""
+    """Return the model pruned by a method, or the dense one."""
     model = subject.load()
+    if method == "dense":
+        return model
     if method == "yopo":
         return yopo.PolicyPruner().fit(model).prune(model, RATIO)
     plan = yopo.plan_by_criterion(model, RATIO, criterion=yopo.criteria.random_rows(0))
@@ -63,30 +74,83 @@ def define_blimp(folder: Path) -> None:
     (folder / "group.yaml").write_text(f"group: blimp_mean\ntask: [blimp]\n{metrics}\n")
 
 
-def measure(subject: Subject, limit: int | None, blimp: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Part:
+    """Some tasks to ask one model, in a process of its own.
+
+    Attributes:
+        model: Name of the model.
+        method: What it is pruned by, or "dense".
+        preset: The preset that the tasks belong to.
+        tasks: Those tasks.
+        limit: How many questions of each; None for all.
+        data_dir: Where the questions are.
+    """
+
+    model: str
+    method: str
+    preset: str
+    tasks: tuple[str, ...]
+    limit: int | None
+    data_dir: Path
+
+
+def ask(part: Part) -> yopo.TaskReport:
+    """Return what a model scores, on one thread."""
+    torch.set_num_threads(1)
+    quiet()
+    logging.getLogger("yopo").setLevel(logging.ERROR)
+    (subject,) = (subject for subject in subjects() if subject.name == part.model)
+    return yopo.evaluate(
+        pruned(subject, part.method),
+        AutoTokenizer.from_pretrained(subject.path),
+        tasks=part.tasks,
+        data_dir=part.data_dir,
+        limit=part.limit,
+        batch=32,
+    )
+
+
+def measure(model: str, limit: int | None, blimp: Path, processes: int) -> list[dict[str, Any]]:
     """Return a row for each method and preset."""
-    tokenizer = AutoTokenizer.from_pretrained(subject.path)
+    parts = [
+        Part(
+            *(model, method, preset, tasks),
+            limit=limit and max(1, int(limit * share)),
+            data_dir=blimp if preset == "blimp" else SHARED / "eval",
+        )
+        for preset, tasks, share in TASKS
+        for method in ("dense", *METHODS)
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        reports = dict(zip(parts, pool.map(ask, parts), strict=True))
     rows = []
-    for preset, share in TASKS:
-        asked = {
-            "tasks": "blimp_mean" if preset == "blimp" else preset,
-            "data_dir": blimp if preset == "blimp" else SHARED / "eval",
-            "limit": limit and max(1, int(limit * share)),
-            "batch": 32,
-        }
-        began = time.perf_counter()
-        dense = yopo.evaluate(subject.load(), tokenizer, **asked)
-        seconds = time.perf_counter() - began
-        for method in METHODS:
-            report = yopo.evaluate(pruned(subject, method), tokenizer, **asked, against=dense)
-            print(f"{subject.name}, {method}\n\n{report}\n", flush=True)
-            found = report.to_dict()
+    for preset in dict.fromkeys(preset for preset, *_ in TASKS):
+        dense, *others = (
+            joined([reports[part] for part in parts if (part.preset, part.method) == (preset, way)])
+            for way in ("dense", *METHODS)
+        )
+        for method, report in zip(METHODS, others, strict=True):
+            found = beside(report, dense).to_dict()
             del found["members"], found["names"], found["pinned"]["questions from"]
-            rows.append(
-                {"model": subject.name, "method": method, "preset": preset}
-                | {"dense_seconds": seconds, **found}
-            )
+            rows.append({"model": model, "method": method, "preset": preset, **found})
     return rows
+
+
+def joined(reports: list[yopo.TaskReport]) -> yopo.TaskReport:
+    """Return one report of what several tell of one model, asked in the same way."""
+    versions = {name: v for r in reports for name, v in r.pinned["task versions"].items()}
+    scores = [score for report in reports for score in report.scores]
+    if len(reports) > 1:
+        scores.sort(key=lambda score: PAPER.index(score.task))
+    pinned = reports[0].pinned | {"task versions": versions}
+    return replace(reports[0], scores=tuple(scores), pinned=pinned)
+
+
+def beside(report: yopo.TaskReport, dense: yopo.TaskReport) -> yopo.TaskReport:
+    """Return a report with the scores of the dense model beside its own."""
+    pairs = zip(report.scores, dense.scores, strict=True)
+    return replace(report, scores=tuple(replace(one, against=two.model) for one, two in pairs))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -97,8 +161,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         for task, score in row["tasks"].items():
             by_task.setdefault((row["model"], task), {})[row["method"]] = score
 
-    def cell(score: dict[str, float]) -> str:
-        return f"{100 * score['value']:.1f} ± {100 * score['error']:.1f}"
+    def cell(score: dict[str, Any]) -> str:
+        error = "" if score["error"] is None else f" ± {100 * score['error']:.1f}"
+        return f"{100 * score['value']:.1f}{error}"
 
     for (model, task), found in by_task.items():
         first = found[METHODS[0]]
@@ -123,21 +188,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--models", nargs="+", choices=SHARED_MODELS, default=SHARED_MODELS)
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     arguments = parser.parse_args()
     if not (SHARED / "eval").is_dir():
         raise SystemExit(f"{SHARED / 'eval'} is not there: nothing to ask.")
-    torch.set_num_threads(arguments.threads)
-    quiet()
-    logging.getLogger("yopo").setLevel(logging.ERROR)
     rows = kept_rows("tasks")
     with tempfile.TemporaryDirectory() as folder:
         define_blimp(Path(folder))
-        for subject in subjects():
-            if subject.name not in arguments.models:
-                continue
-            rows = [row for row in rows if row["model"] != subject.name]
-            rows += measure(subject, arguments.limit, Path(folder))
+        for name in arguments.models:
+            found = measure(name, arguments.limit, Path(folder), arguments.processes)
+            rows = [row for row in rows if row["model"] != name] + found
+            rows.sort(key=lambda row: SHARED_MODELS.index(row["model"]))
             keep_result("tasks", rows)
             (RESULTS / "tasks.md").write_text(page(rows), encoding="utf-8")
 
