@@ -116,7 +116,13 @@ def find_runs(
         labels |= revert_weight_conversion(model, moved)
     runs = {}
     for place, label in labels.items():
-        name = names[int(label.reshape(-1)[0]) >> _PARAMETER]
+        number, *others = (label >> _PARAMETER).unique().tolist()
+        if others:
+            raise UnsupportedModelError(
+                f"`{place}` holds both `{names[number]}` and `{names[others[0]]}`, which yopo does "
+                "not cut on disk. Load the model with transformers and prune it in memory."
+            )
+        name = names[number]
         shape = parameters[name].shape[axes[name].has_experts :]
         runs[place] = list(_runs(name, axes[name], label, len(shape)))
         _check(place, runs[place], stored, axes[name].rows, shape)

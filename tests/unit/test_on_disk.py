@@ -130,6 +130,17 @@ def test_rare_layouts_are_known_so_that_none_has_to_be_proved(tmp_path, model_ty
     assert_equal_folders(tmp_path / "target", expected)
 
 
+def test_matrices_that_lie_in_one_tensor_on_disk_and_in_two_in_memory_are_refused(tmp_path):
+    source = save(tiny_model("hrm_text"), tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match=r"holds both `.*gate_proj.*` and `.*up_proj"):
+        yopo.prune_checkpoint(source, tmp_path / "target", RATIO)
+    assert not (tmp_path / "target").exists()
+    model = yopo.load(source)
+    PolicyPruner.lean().fit(model).prune(model, RATIO)
+    model.save_pretrained(tmp_path / "target")
+    assert yopo.load(tmp_path / "target").config.intermediate_size == model.config.intermediate_size
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2_moe"])
 def test_stock_transformers_loads_and_runs_it(tmp_path, logits, kind):
     source = save(build(kind), tmp_path / "source")
