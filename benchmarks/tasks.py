@@ -175,9 +175,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     pinned = "; ".join(f"{n} {v}" for n, v in told if n not in ("task versions", "limit"))
     return (
         "# Zero-shot accuracy\n\nPercent, ± one standard error over the questions, at a ratio of "
-        f"{RATIO} (`python benchmarks/tasks.py`). Where a task has more questions than are told, the "
-        "first ones were asked (`--limit 300`). The models are small, and know little more than "
-        "how words follow one another. On the paper's tasks and on MMLU the dense ones are near "
+        f"{RATIO} (`python benchmarks/tasks.py`). Where a task has more questions than the table "
+        "tells, the first ones were asked (`--limit 300`). The models are small, and know little more "
+        "than how words follow one another. On the paper's tasks and on MMLU the dense ones are near "
         "chance: these show that the pipeline works, not which method is better. On BLiMP, which "
         "asks for the likelier of two sentences, they are well above it, but what a cut loses is "
         f"hardly more than the standard error. Perplexity tells more.\n\n{format_table(table)}\n\n"

@@ -116,13 +116,13 @@ def find_runs(
         labels |= revert_weight_conversion(model, moved)
     runs = {}
     for place, label in labels.items():
-        number, *others = (label >> _PARAMETER).unique().tolist()
-        if others:
+        numbers = label >> _PARAMETER
+        name, last = names[int(numbers.min())], names[int(numbers.max())]
+        if name != last:
             raise UnsupportedModelError(
-                f"`{place}` holds both `{names[number]}` and `{names[others[0]]}`, which yopo does "
-                "not cut on disk. Load the model with transformers and prune it in memory."
+                f"`{place}` holds both `{name}` and `{last}`, which yopo does not cut on disk. "
+                "Load the model with transformers and prune it in memory."
             )
-        name = names[number]
         shape = parameters[name].shape[axes[name].has_experts :]
         runs[place] = list(_runs(name, axes[name], label, len(shape)))
         _check(place, runs[place], stored, axes[name].rows, shape)
