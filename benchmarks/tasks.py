@@ -176,12 +176,12 @@ def page(rows: list[dict[str, Any]]) -> str:
     return (
         "# Zero-shot accuracy\n\nPercent, ± one standard error over the questions, at a ratio of "
         f"{RATIO} (`python benchmarks/tasks.py`). Where a task has more questions than the table "
-        "tells, the first ones were asked (`--limit 300`). The models are small, and know little more "
-        "than how words follow one another. On the paper's tasks and on MMLU the dense ones are near "
-        "chance: these show that the pipeline works, not which method is better. On BLiMP, which "
-        "asks for the likelier of two sentences, they are well above it, but what a cut loses is "
-        f"hardly more than the standard error. Perplexity tells more.\n\n{format_table(table)}\n\n"
-        f"The paper's tasks: {pinned}.\n"
+        "tells, the first ones were asked (`--limit 300`). The models are small, and know little "
+        "more than how words follow one another. On the paper's tasks and on MMLU the dense ones "
+        "are near chance: these show that the pipeline works, not which method is better. On "
+        "BLiMP, which asks for the likelier of two sentences, they are well above it, but what a "
+        "cut loses is hardly more than the standard error. Perplexity tells more.\n\n"
+        f"{format_table(table)}\n\nThe paper's tasks: {pinned}.\n"
     )
 
 
