@@ -115,7 +115,10 @@ def measure(model: str, limit: int | None, blimp: Path, processes: int) -> list[
     """Return a row for each method and preset."""
     parts = [
         Part(
-            *(model, method, preset, tasks),
+            model=model,
+            method=method,
+            preset=preset,
+            tasks=tasks,
             limit=limit and max(1, int(limit * share)),
             data_dir=blimp if preset == "blimp" else SHARED / "eval",
         )
