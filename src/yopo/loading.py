@@ -46,13 +46,15 @@ def load(source: str | Path, *, model_class: type[nn.Module] | None = None, **kw
     Example:
         >>> model = yopo.load("llama-pruned", dtype="auto")
     """
-    config, own_class, widths = (
-        read_config(source) if model_class is None else _read_own_config(source, model_class)
-    )
+    its_class: Any = model_class
+    if its_class is None:
+        config, its_class, widths = read_config(source)
+    else:
+        config, widths = _read_own_config(source, its_class)
     try:
         if not widths:
-            return own_class.from_pretrained(source, **kwargs)
-        model = _resized_class(own_class, widths).from_pretrained(source, **kwargs)
+            return its_class.from_pretrained(source, **kwargs)
+        model = _resized_class(its_class, widths).from_pretrained(source, **kwargs)
     except SafetensorError as error:
         for file in sorted(Path(source).glob("*.safetensors")):
             read_header(file)  # tells which one is damaged
@@ -62,14 +64,14 @@ def load(source: str | Path, *, model_class: type[nn.Module] | None = None, **kw
     except (OSError, InvalidArgumentError):
         raise
     except Exception:
-        build_on_meta(config, own_class, widths, dtype=torch.float32)  # tells what is unfit
+        build_on_meta(config, its_class, widths, dtype=torch.float32)  # tells what is unfit
         raise
-    model.__class__ = own_class
+    model.__class__ = its_class
     return model
 
 
-def _read_own_config(source: str | Path, model_class: Any) -> tuple[Any, Any, dict[str, int]]:
-    """Do what `read_config` does, for a model whose class is known.
+def _read_own_config(source: str | Path, model_class: Any) -> tuple[Any, dict[str, int]]:
+    """Return the config of a model of a known class, and the widths that no field of it expresses.
 
     Raises:
         InvalidArgumentError: If the class is none of models.
@@ -81,7 +83,7 @@ def _read_own_config(source: str | Path, model_class: Any) -> tuple[Any, Any, di
             f"`model_class` must be a PreTrainedModel with a `config_class`, got {model_class!r}."
         )
     config = config_class.from_pretrained(source)
-    return config, model_class, getattr(config, WIDTHS_KEY, None) or {}
+    return config, getattr(config, WIDTHS_KEY, None) or {}
 
 
 def read_config(source: str | Path) -> tuple[Any, Any, dict[str, int]]:
