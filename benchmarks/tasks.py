@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 import yopo
-from common import RESULTS, SHARED, SHARED_MODELS, Subject, keep_result, kept_rows, quiet, subjects
+from common import RESULTS, SHARED, SHARED_MODELS, keep_result, kept_rows, quiet
 from yopo.report import format_table
 
 RATIO = 0.3
@@ -35,8 +35,8 @@ TASKS = (
     ("mmlu", ("mmlu",), 0.1),
     ("blimp", ("blimp_mean",), 1.0),
 )
-"""Presets in parts that are about as much work, the largest first, and the share of the limit that
-each of their tasks gets."""
+"""Presets, that of the paper in two parts of which the larger begins, and the share of the limit
+that each of their tasks gets."""
 
 PARADIGM = """
 task: blimp_{name}
@@ -53,9 +53,9 @@ metric_list: [{{metric: acc}}]
 """A paradigm of BLiMP as lm-eval defines it, read from a local file."""
 
 
-def pruned(subject: Subject, method: str) -> Any:
+def pruned(path: Path, method: str) -> Any:
     """Return the model pruned by a method, or the dense one."""
-    model = subject.load()
+    model = yopo.load(path, dtype=torch.float32)
     if method == "dense":
         return model
     if method == "yopo":
@@ -100,10 +100,10 @@ def ask(part: Part) -> yopo.TaskReport:
     torch.set_num_threads(1)
     quiet()
     logging.getLogger("yopo").setLevel(logging.ERROR)
-    (subject,) = (subject for subject in subjects() if subject.name == part.model)
+    path = SHARED / "models" / part.model
     return yopo.evaluate(
-        pruned(subject, part.method),
-        AutoTokenizer.from_pretrained(subject.path),
+        pruned(path, part.method),
+        AutoTokenizer.from_pretrained(path),
         tasks=part.tasks,
         data_dir=part.data_dir,
         limit=part.limit,
