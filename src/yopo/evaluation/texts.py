@@ -17,7 +17,7 @@ from yopo.errors import InvalidArgumentError, missing_extra
 logger = logging.getLogger(__name__)
 
 _FEWEST = 0.9
-"""Share of a model's embeddings that have a token at least; the rest makes their number round."""
+"""A tokenizer has at least this share of tokens as its model has embeddings, which are padded."""
 
 
 def _wikitext2(load_dataset: Any) -> str:
